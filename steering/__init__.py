@@ -1,0 +1,1 @@
+"""The method: CMRM shift vectors and their subtraction. Knows nothing of HTTP."""

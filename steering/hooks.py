@@ -1,0 +1,135 @@
+"""The only forward hooks of the project: one that records hidden states, one that steers them.
+
+Both sit on the decoder layers, so they see h_l, the residual stream after layer l; transformers'
+`output_hidden_states` is off by one and ends after the final norm. Does not decide what is
+subtracted (methods.py) nor from which row (the engine's runner).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Edit = Callable[[int, Tensor], Tensor | None]
+
+
+@contextmanager
+def _on_each_layer(layers: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
+    """Call `edit(layer, hidden)` after each layer; a Tensor that it returns replaces the hidden.
+
+    Layers return a Tensor since transformers 4.54 and a tuple before; both are handled.
+    """
+
+    def hook_of(layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            edited = edit(layer, hidden)
+            if edited is None:
+                return None
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return hook
+
+    handles = []
+    try:
+        for layer, module in enumerate(layers):
+            handles.append(module.register_forward_hook(hook_of(layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Recorder:
+    """The last token's hidden state after each layer, of the most recent forward pass."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._last: list[Tensor | None] = [None] * num_layers
+
+    def last_hidden(self) -> Tensor:
+        """(L, B, D) float32, on the model's device."""
+        states = [state for state in self._last if state is not None]
+        assert len(states) == len(self._last), "a layer has not run under this recorder"
+        return torch.stack(states)
+
+    def _record(self, layer: int, hidden: Tensor) -> None:
+        self._last[layer] = hidden[:, -1].float()
+
+
+@contextmanager
+def record(layers: Sequence[nn.Module]) -> Iterator[Recorder]:
+    """Record every forward pass made inside. Entered within `steer`, it sees steered states."""
+    recorder = Recorder(len(layers))
+    with _on_each_layer(layers, recorder._record):
+        yield recorder
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What the next forward pass subtracts.
+
+    deltas (L, B, D), the model's dtype and device, alpha already multiplied in, zero for rows
+    that are not steered; token: the index in T of the one steered token, counted in this pass.
+    """
+
+    deltas: Tensor
+    token: int
+
+
+class Injector:
+    """Subtracts the pass's injection from one token of every row; an exact no-op without one.
+
+    `fired` counts hook calls and `inject_s` the seconds spent subtracting since the last `take`
+    (on a GPU: launching, the work itself overlaps).
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.injection: Injection | None = None
+        self._fired = 0
+        self._inject_s = 0.0
+
+    def take(self) -> tuple[int, float]:
+        """Return (fired, inject_s) and set both to zero."""
+        taken = self._fired, self._inject_s
+        self._fired, self._inject_s = 0, 0.0
+        return taken
+
+    def _inject(self, layer: int, hidden: Tensor) -> Tensor | None:
+        self._fired += 1
+        injection = self.injection
+        if injection is None:
+            return None
+        started = time.perf_counter()
+        steered = subtract_at(hidden, injection.deltas[layer], injection.token)
+        self._inject_s += time.perf_counter() - started
+        return steered
+
+
+@contextmanager
+def steer(layers: Sequence[nn.Module]) -> Iterator[Injector]:
+    """Install the steering hooks; the engine enters this once, for its lifetime.
+
+    What is subtracted belongs to the batch and is set on the yielded Injector before each
+    forward pass; nothing is baked into a hook.
+    """
+    injector = Injector(len(layers))
+    with _on_each_layer(layers, injector._inject):
+        yield injector
+
+
+def subtract_at(hidden: Tensor, delta: Tensor, token: int) -> Tensor:
+    """Subtract delta (B, D) from hidden (B, T, D) at one token; both of one dtype and device.
+
+    Computed in float32 inside the kernel and rounded once to the hidden state's dtype. Returns a
+    new tensor. Source: CMRM (arXiv 2410.09047), eq. 5.
+    """
+    if hidden.shape[1] == 1:
+        return hidden - delta[:, None]
+    steered = hidden.clone()
+    steered[:, token] -= delta
+    return steered

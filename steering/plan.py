@@ -1,0 +1,119 @@
+"""What one request gets: an immutable plan, fixed at admission for the request's life.
+
+Covers parsing and bounds. Does not cover who may ask for what (the server's policy) nor the
+tensors (methods.py).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from steering.errors import PlanError
+
+Mode = Literal["off", "dataset"]
+Method = Literal["subtract"]
+Scope = Literal["last"]
+Reason = Literal["text-only", "disabled", "alpha-zero"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which layers subtract, and what: w_l of the method.
+
+    kind `all`: layer l subtracts its own Delta_l. kind `incremental`: Delta_l - Delta_{l-1},
+    with Delta_{-1} = 0, because the residual stream still carries what the layer below
+    subtracted. `first` and `last` (0-based, inclusive; None: no bound) restrict either kind;
+    outside them nothing is subtracted.
+    """
+
+    kind: Literal["all", "incremental"] = "all"
+    first: int | None = None
+    last: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        """Parse `all`, `incremental`, `range:a-b`, `single:l` or `incremental:a-b`.
+
+        Raises PlanError with the forms allowed.
+        """
+        name, _, bounds = text.partition(":")
+        try:
+            if name in ("all", "incremental") and not bounds:
+                return cls(kind="all" if name == "all" else "incremental")
+            if name == "single":
+                layer = int(bounds)
+                return cls(first=layer, last=layer).validated(text)
+            if name in ("range", "incremental"):
+                first, last = (int(part) for part in bounds.split("-"))
+                kind: Literal["all", "incremental"] = "all" if name == "range" else "incremental"
+                return cls(kind=kind, first=first, last=last).validated(text)
+        except ValueError:
+            pass
+        raise PlanError(
+            f"schedule {text!r} is not one of: all, incremental, range:a-b, single:l, "
+            "incremental:a-b (0-based layers, both ends included)"
+        )
+
+    def validated(self, text: str) -> "Schedule":
+        if self.first is not None and self.last is not None and not 0 <= self.first <= self.last:
+            raise PlanError(f"schedule {text!r}: layers must satisfy 0 <= first <= last")
+        return self
+
+    def layers(self, num_layers: int) -> range:
+        """The layers that subtract in a model of `num_layers`. Raises PlanError beyond them."""
+        first = 0 if self.first is None else self.first
+        last = num_layers - 1 if self.last is None else self.last
+        if last >= num_layers:
+            raise PlanError(f"schedule {self} names layer {last}; the model has {num_layers}")
+        return range(first, last + 1)
+
+    def __str__(self) -> str:
+        if self.first is None or self.last is None:
+            return self.kind
+        if self.kind == "incremental":
+            return f"incremental:{self.first}-{self.last}"
+        if self.first == self.last:
+            return f"single:{self.first}"
+        return f"range:{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """The steering of one request.
+
+    `vector_id` is the sha256 id of the vector set, None when nothing is applied; `reason` says
+    why nothing is applied and is None exactly when something is. `revision` is the policy
+    revision that decided. `max_relative_dose` caps alpha * |w_l Delta_l| / |h_l| at every layer.
+    """
+
+    mode: Mode = "off"
+    method: Method = "subtract"
+    alpha: float = 0.0
+    schedule: Schedule = Schedule()
+    scope: Scope = "last"
+    vector_id: str | None = None
+    max_relative_dose: float = math.inf
+    revision: int = 0
+    reason: Reason | None = "disabled"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise PlanError(f"alpha {self.alpha} is not a finite number >= 0")
+        if (self.reason is None) != self.is_active:
+            raise PlanError(f"plan {self.mode}/{self.alpha}: reason {self.reason!r} contradicts it")
+        if self.is_active and self.vector_id is None:
+            raise PlanError("a plan that steers needs the id of a vector set")
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is subtracted."""
+        return self.mode != "off" and self.alpha > 0 and self.reason is None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that changes the output; equal for every spelling of nothing."""
+        if not self.is_active:
+            return hashlib.sha256(b"unsteered").hexdigest()
+        values = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "revision"]
+        return hashlib.sha256("; ".join(values).encode()).hexdigest()
