@@ -237,7 +237,7 @@ def _content_digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
