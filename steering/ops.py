@@ -31,13 +31,17 @@ def dose(delta: Tensor, hidden_norm: Tensor) -> Tensor:
 
 
 def mean_pairwise_cosine(shifts: Tensor) -> Tensor:
-    """How uniform the shift is: shifts (N, L, D) -> (L,), the mean cosine over pairs i != j.
-
-    From the norm of the summed unit vectors, so O(N) and not O(N^2). 1 for a single prompt.
-    """
-    num = shifts.shape[0]
-    if num == 1:
-        return torch.ones(shifts.shape[1], dtype=shifts.dtype)
+    """How uniform the shift is: shifts (N, L, D) -> (L,), the mean cosine over pairs i != j."""
     units = torch.nn.functional.normalize(shifts, dim=-1)
-    total = units.sum(dim=0).square().sum(dim=-1)
-    return (total - units.square().sum(dim=-1).sum(dim=0)) / (num * (num - 1))
+    return pairwise_cosine_of_sum(units.sum(dim=0), units.square().sum(dim=(0, 2)), len(shifts))
+
+
+def pairwise_cosine_of_sum(unit_sum: Tensor, square_sum: Tensor, num: int) -> Tensor:
+    """The same from running sums, so O(N) and not O(N^2).
+
+    unit_sum (L, D): the sum of N unit vectors; square_sum (L,): of their squared norms (a shift
+    of zero has none). 1 for a single prompt.
+    """
+    if num == 1:
+        return torch.ones_like(square_sum)
+    return (unit_sum.square().sum(dim=-1) - square_sum) / (num * (num - 1))

@@ -28,11 +28,13 @@ _INTERCHANGEABLE_DTYPES = frozenset({"float32", "bfloat16", "float16"})
 class Manifest:
     """Where a vector set comes from.
 
-    `versions` are (library, version) pairs; `created_at` is UTC in ISO 8601.
+    `image_size` is the corrupted image's, WIDTHxHEIGHT; `versions` are (library, version) pairs;
+    `created_at` is UTC in ISO 8601.
     """
 
     model: ModelIdentity
     corruption: str
+    image_size: str
     anchor_set: str
     anchor_set_digest: str
     num_anchors: int
