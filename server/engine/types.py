@@ -86,7 +86,7 @@ class EngineInputs:
 class EngineRequest:
     """One accepted request. `delta` (L, D) float32 is what every steered token subtracts at each
     layer, alpha and schedule already multiplied in; None when the plan is not active.
-    `emit` is called on the engine thread with each event and must not block.
+    `emit` is called on the engine thread with each event and must neither block nor raise.
     """
 
     request_id: str

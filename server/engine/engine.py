@@ -1,0 +1,330 @@
+"""The embedded engine: one thread that owns the model, the KV cache and the sequences.
+
+The event loop's threads talk to it through `submit` and `cancel`, which only leave messages; it
+talks back through each request's `emit`. Its heart is `_step`: schedule, run, apply the tokens.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from server.engine.cache import RowCache
+from server.engine.canary import run_canary
+from server.engine.families import family_of
+from server.engine.inputs import InputBuilder
+from server.engine.runner import Runner, SteeringFaultError
+from server.engine.sampling import logprobs, sample
+from server.engine.scheduler import Scheduler
+from server.engine.sequences import ActiveRequest, Sequence
+from server.engine.types import (
+    EngineError,
+    EngineInputs,
+    EngineRequest,
+    EngineStatus,
+    Failed,
+    FailureKind,
+    Finished,
+    InputError,
+    NotAcceptingError,
+    PromptTooLongError,
+    QueueFullError,
+    RequestTimings,
+)
+from steering.hooks import steer
+from steering.layers import decoder_layers
+from steering.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+STEP_GRACE_S = 30.0  # a step under way cannot be interrupted; draining waits this long for it
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes. kv_tokens None: max_rows * max_model_len, so that memory never makes anyone wait."""
+
+    max_model_len: int = 2048
+    max_rows: int = 16
+    kv_tokens: int | None = None
+    max_queue: int = 256
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_rows", "max_queue", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise EngineError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def kv_budget(self) -> int:
+        if self.kv_tokens is not None:
+            return self.kv_tokens
+        return RowCache.footprint(self.max_rows, self.max_model_len)
+
+
+@dataclass(frozen=True)
+class _Submit:
+    active: ActiveRequest
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _Drain:
+    pass
+
+
+_Message = _Submit | _Cancel | _Drain
+State = Literal["starting", "ready", "draining", "failed", "stopped"]
+
+
+class EmbeddedEngine:
+    """Implements `server.engine.api.Engine` on a Hugging Face model."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self._model: Any = loaded.model
+        self._tokenizer = loaded.processor.tokenizer
+        self._config = config
+        self._family = family_of(self._model)
+        self._layers = decoder_layers(self._model)
+        self._eos = _eos_token_ids(self._model, self._tokenizer)
+        self._inputs = InputBuilder(self._family, self._model, loaded.processor)
+        self._scheduler = Scheduler(
+            config.max_rows, config.kv_budget, config.prefill_chunk, RowCache.footprint
+        )
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._queue_places = threading.BoundedSemaphore(config.max_queue)
+        self._accepting = threading.Lock()  # no submit may slip in behind the drain message
+        self._stop_at: float | None = None  # set once draining: give up on what runs then
+        self._state: State = "starting"
+        self._detail = "not started"
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._config.max_model_len
+
+    def prepare(self, messages: Seq[dict[str, Any]], images: Seq[Image.Image]) -> EngineInputs:
+        return self._inputs.build(messages, images)
+
+    def submit(self, request: EngineRequest) -> None:
+        active = ActiveRequest(request)
+        self._check_fits(active)
+        with self._accepting:
+            if self._state != "ready":
+                raise NotAcceptingError(f"the engine is {self._state}: {self._detail}")
+            if not self._queue_places.acquire(blocking=False):
+                raise QueueFullError(f"{self._config.max_queue} requests are waiting already")
+            self._inbox.put(_Submit(active))
+
+    def cancel(self, request_id: str) -> None:
+        self._inbox.put(_Cancel(request_id))
+
+    def status(self) -> EngineStatus:
+        reserved = RowCache.footprint(*self._scheduler.reserved())
+        return EngineStatus(
+            state=self._state,
+            detail=self._detail,
+            num_waiting=len(self._scheduler.waiting) + self._inbox.qsize(),
+            num_running=len(self._scheduler.rows),
+            kv_tokens_reserved=reserved,
+            kv_tokens_budget=self._config.kv_budget,
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+        self._started.wait()
+        if self._state != "ready":
+            raise EngineError(self._detail)
+
+    def drain(self, timeout_s: float) -> None:
+        with self._accepting:
+            if self._state == "ready":
+                self._state, self._detail = "draining", "shutting down"
+            self._stop_at = time.monotonic() + timeout_s
+        self._inbox.put(_Drain())
+        if self._thread.is_alive():
+            self._thread.join(timeout_s + STEP_GRACE_S)
+
+    def _check_fits(self, active: ActiveRequest) -> None:
+        prompt, answer = active.prompt_len, active.request.params.max_tokens
+        limit = self._config.max_model_len
+        if active.max_len > limit:
+            raise PromptTooLongError(
+                f"the prompt has {prompt} tokens and up to {answer} are asked for: "
+                f"{active.max_len} together, but this model's limit is {limit} (max_model_len)"
+            )
+        if active.num_rows > self._config.max_rows:
+            raise InputError(f"n is {active.num_rows}; at most {self._config.max_rows} rows run")
+        needed = RowCache.footprint(active.num_rows, active.max_len)
+        if needed > self._config.kv_budget:
+            raise PromptTooLongError(
+                f"{active.num_rows} x ({prompt} prompt + {answer} answer tokens) take {needed} KV "
+                f"tokens, but there are {self._config.kv_budget} in all (kv_tokens)"
+            )
+
+    # Everything below runs on the engine thread.
+
+    def _main(self) -> None:
+        """The thread: canary, then steps until drained or failed."""
+        try:
+            with torch.inference_mode(), steer(self._layers) as injector:
+                run_canary(self._model, injector)
+                self._runner = Runner(self._family, self._model, injector, self._config.max_rows)
+                if self._stop_at is None:
+                    self._state, self._detail = "ready", "ready"
+                self._started.set()
+                while self._receive():
+                    self._step()
+                with self._accepting:
+                    self._state, self._detail = "stopped", "drained"
+        except Exception as error:  # boundary: nothing may leave the thread unseen
+            logger.exception("the engine has failed")
+            with self._accepting:
+                self._state, self._detail = "failed", str(error)
+        finally:
+            self._started.set()
+            self._fail_all()
+
+    def _step(self) -> None:
+        """Schedule a batch, run it, apply the tokens."""
+        for chunk in self._scheduler.schedule():
+            active = chunk.active
+            if active.started_at is None:
+                active.started_at = time.monotonic()
+                self._queue_places.release()
+            try:
+                logits = self._runner.prefill(chunk)
+            except SteeringFaultError:
+                raise
+            except Exception as error:  # boundary: this prompt fails, the others go on
+                logger.exception("prefill of request %s failed", active.request.request_id)
+                self._fail(active, "engine", f"prefill failed: {error}")
+                continue
+            if chunk.is_last:
+                self._begin_decoding(active, logits)
+        if self._scheduler.rows:
+            logits = self._runner.decode(self._scheduler.rows)
+            self._apply(logits, list(self._scheduler.rows))
+
+    def _begin_decoding(self, active: ActiveRequest, logits: Tensor) -> None:
+        """Fork a prefilled prompt into its choices and take their first tokens."""
+        active.sequences = [
+            Sequence(active, index, self._tokenizer) for index in range(active.num_rows)
+        ]
+        num_rows, length = self._scheduler.reserved()
+        first_row = self._scheduler.join(active)
+        self._runner.join(active, first_row, num_rows, length)
+        active.first_token_at = time.monotonic()
+        self._apply(logits.expand(active.num_rows, -1), active.sequences)
+
+    def _apply(self, logits: Tensor, rows: Seq[Sequence]) -> None:
+        """Give each row its next token; rows that end leave the batch."""
+        sane = torch.isfinite(logits.amax(dim=-1)).tolist()
+        chosen = sample(logits, rows)
+        details = logprobs(logits, rows, chosen, self._tokenizer)
+        for row, token_id, detail in zip(rows, chosen, details, strict=True):
+            row.append(token_id, detail, self._eos)
+        for row in rows:
+            if row.finish_reason is not None:
+                self._leave(row)
+        for active in {id(row.active): row.active for row in rows}.values():
+            if not all(ok for ok, row in zip(sane, rows, strict=True) if row.active is active):
+                self._fail(active, "engine", "the model computed NaN or infinite logits")
+            elif active.is_finished:
+                self._finish(active)
+
+    def _leave(self, row: Sequence) -> None:
+        """Take a sequence out of the batch, keeping the rows dense."""
+        move = self._scheduler.leave(row)
+        if move is not None:
+            self._runner.move(move, self._scheduler.rows[move.target].kv_len)
+        if not self._scheduler.rows and not self._scheduler.prefilling:
+            self._runner.release()
+
+    def _finish(self, active: ActiveRequest) -> None:
+        now = time.monotonic()
+        assert active.started_at is not None and active.first_token_at is not None
+        timings = RequestTimings(
+            queue_s=active.started_at - active.accepted_at,
+            prefill_s=active.first_token_at - active.started_at,
+            time_to_first_token_s=active.first_token_at - active.accepted_at,
+            e2e_s=now - active.accepted_at,
+            inject_s=active.inject_s,
+        )
+        completion = sum(len(row.token_ids) for row in active.sequences)
+        active.request.emit(Finished(active.prompt_len, completion, timings))
+
+    def _fail(self, active: ActiveRequest, kind: FailureKind, message: str) -> None:
+        """End a request wherever it is, and free its rows."""
+        if active.started_at is None:
+            self._queue_places.release()
+        self._scheduler.drop(active)
+        for row in active.sequences:
+            if row.finish_reason is None and row in self._scheduler.rows:
+                self._leave(row)
+        active.prompt_cache = active.embeds = None
+        active.request.emit(Failed(kind, message))
+
+    def _fail_all(self) -> None:
+        """The last act: whatever was accepted and has not ended ends here."""
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, _Submit):
+                self._scheduler.add(message.active)
+        kind: FailureKind = "engine" if self._state == "failed" else "draining"
+        for active in self._scheduler.requests():
+            active.request.emit(Failed(kind, f"the server stopped: {self._detail}"))
+
+    def _receive(self) -> bool:
+        """Take in all messages, waiting for one when idle; False when the thread shall end."""
+        while True:
+            wait = self._scheduler.is_idle and self._stop_at is None
+            try:
+                message = self._inbox.get(block=wait)
+            except queue.Empty:
+                break
+            if isinstance(message, _Submit):
+                self._scheduler.add(message.active)
+            elif isinstance(message, _Cancel):
+                self._cancel(message.request_id)
+        now = time.monotonic()
+        self._fail_where(lambda active: active.deadline < now, "timeout", "the request timed out")
+        drained = self._stop_at is not None and (self._scheduler.is_idle or now > self._stop_at)
+        return not drained
+
+    def _cancel(self, request_id: str) -> None:
+        self._fail_where(
+            lambda active: active.request.request_id == request_id,
+            "cancelled",
+            "the client has gone",
+        )
+
+    def _fail_where(
+        self, is_meant: Callable[[ActiveRequest], bool], kind: FailureKind, message: str
+    ) -> None:
+        for active in self._scheduler.requests():
+            if is_meant(active):
+                self._fail(active, kind, message)
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer, by the generation configuration, else the tokenizer's."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        raise EngineError("neither generation configuration nor tokenizer has an end token")
+    return frozenset([eos] if isinstance(eos, int) else eos)
