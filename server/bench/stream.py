@@ -1,0 +1,103 @@
+"""One streaming chat, timed. Bytes are stamped as they arrive and parsed when all is over,
+so that the client takes as little as it can of the machine that it measures.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from server.bench.target import Target
+
+Arrival = tuple[float, bytes]
+
+
+@dataclass(frozen=True)
+class StreamRecord:
+    """Seconds from sending the request. `tokens` by the server's own usage when it sends one,
+    else the number of content chunks (`counted_by`). `gaps_s`: between content chunks.
+    """
+
+    time_to_first_token_s: float = 0.0
+    e2e_s: float = 0.0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    counted_by: str = "chunks"
+    gaps_s: tuple[float, ...] = ()
+    text: str = ""
+    steering: str = ""
+    error: str = ""
+
+    @property
+    def inter_token_latency_s(self) -> float:
+        """Mean gap between tokens after the first, however the server packs them in chunks."""
+        return sum(self.gaps_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+async def chat(client: httpx.AsyncClient, target: Target, body: dict[str, Any]) -> StreamRecord:
+    """Send one streaming chat and record it; a failure is a record with `error`."""
+    arrivals: list[Arrival] = []
+    content = json.dumps(body).encode()
+    headers = {"content-type": "application/json", **target.headers}
+    start = time.perf_counter()
+    try:
+        async with client.stream(
+            "POST", f"{target.url}/v1/chat/completions", content=content, headers=headers
+        ) as response:
+            async for part in response.aiter_raw():
+                arrivals.append((time.perf_counter() - start, part))
+    except httpx.HTTPError as error:
+        return StreamRecord(error=f"{type(error).__name__}: {error}")
+    if response.status_code != 200:
+        message = b"".join(part for _, part in arrivals).decode(errors="replace")
+        return StreamRecord(error=f"{response.status_code}: {message[:300]}")
+    return record(arrivals, steering=response.headers.get("x-deshift-steering", ""))
+
+
+def record(arrivals: Sequence[Arrival], *, steering: str = "") -> StreamRecord:
+    """What a stream's stamped bytes say."""
+    times: list[float] = []
+    texts: list[str] = []
+    usage: dict[str, int] = {}
+    error = ""
+    for moment, data in _events(arrivals):
+        if data == "[DONE]":
+            continue
+        event = json.loads(data)
+        usage = event.get("usage") or usage
+        error = error or str(event.get("error") or "")
+        text = "".join(
+            (choice.get("delta") or {}).get("content") or "" for choice in event.get("choices", [])
+        )
+        if text:
+            times.append(moment)
+            texts.append(text)
+    if not times:
+        error = error or "the stream held no text"
+        return StreamRecord(steering=steering, error=error)
+    return StreamRecord(
+        time_to_first_token_s=times[0],
+        e2e_s=arrivals[-1][0],
+        tokens=usage.get("completion_tokens", len(times)),
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        counted_by="usage" if "completion_tokens" in usage else "chunks",
+        gaps_s=tuple(after - before for before, after in zip(times, times[1:], strict=False)),
+        text="".join(texts),
+        steering=steering,
+        error=error,
+    )
+
+
+def _events(arrivals: Sequence[Arrival]) -> Iterator[tuple[float, str]]:
+    """Each event's data with the moment its last byte came."""
+    buffer = b""
+    for moment, part in arrivals:
+        buffer = (buffer + part).replace(b"\r\n", b"\n")
+        *events, buffer = buffer.split(b"\n\n")
+        for event in events:
+            for line in event.decode().splitlines():
+                if line.startswith("data:"):
+                    yield moment, line[len("data:") :].strip()

@@ -1,0 +1,50 @@
+"""What the stamped bytes of a stream say."""
+
+import json
+
+from server.bench.stream import record
+
+
+def event(text: str = "", **more: object) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"delta": {"content": text}}], **more}).encode()
+
+
+def test_the_first_text_not_the_first_byte_ends_the_wait() -> None:
+    arrivals = [
+        (0.1, b'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n'),
+        (0.5, event("a") + b"\n\n"),
+        (0.7, event("b") + b"\n\n"),
+        (1.1, event("c") + b"\n\ndata: [DONE]\n\n"),
+    ]
+    result = record(arrivals)
+    assert result.time_to_first_token_s == 0.5
+    assert [round(gap, 6) for gap in result.gaps_s] == [0.2, 0.4]
+    assert (result.tokens, result.counted_by, result.text) == (3, "chunks", "abc")
+    assert result.e2e_s == 1.1
+    assert round(result.inter_token_latency_s, 6) == 0.3
+
+
+def test_an_event_cut_anywhere_counts_when_its_last_byte_came() -> None:
+    whole = event("first") + b"\r\n\r\n" + event("second") + b"\r\n\r\n"
+    for cut in range(1, len(whole)):
+        result = record([(1.0, whole[:cut]), (2.0, whole[cut:])])
+        assert result.text == "firstsecond"
+        end_of_first = len(event("first")) + 4
+        assert result.time_to_first_token_s == (1.0 if cut >= end_of_first else 2.0)
+
+
+def test_tokens_are_those_of_the_usage_when_chunks_hold_several() -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 5}
+    arrivals = [
+        (1.0, event("a b") + b"\n\n"),
+        (3.0, event("c d e", usage=usage) + b"\n\n"),
+    ]
+    result = record(arrivals)
+    assert (result.tokens, result.prompt_tokens, result.counted_by) == (5, 7, "usage")
+    assert result.inter_token_latency_s == 0.5  # 2 s for the 4 tokens after the first
+
+
+def test_an_error_within_the_stream_is_a_failure() -> None:
+    broken = b'data: {"error": {"message": "engine failed"}}\n\n'
+    assert "engine failed" in record([(1.0, event("a") + b"\n\n" + broken)]).error
+    assert record([(1.0, b"data: [DONE]\n\n")]).error == "the stream held no text"
