@@ -1,0 +1,144 @@
+"""The application factory: the only place that builds and wires objects; the lifespan.
+
+Does not cover sockets and signals (serve.py).
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.config import Settings
+from server.engine.api import Engine
+from server.engine.types import EngineError
+from server.errors import ServerError, error_response
+from server.media import MediaLimits
+from server.middleware import ApiKey, BodyLimit, RequestContext
+from server.policy import Policy
+from server.routes import chat, models, status
+from server.services import Services
+from server.vectors import VectorCatalogue
+from steering.stores import Store, open_store
+
+log = logging.getLogger("deshift")
+ERRORS_WITH_A_STATUS = (ServerError, EngineError, HTTPException)
+
+
+def create_app(
+    settings: Settings, *, engine: Engine | None = None, store: Store | None = None
+) -> FastAPI:
+    """Build the server. Without `engine` this loads the model: slow, and raises what that raises.
+
+    `engine` is started and drained by the lifespan, whoever built it; `store` is closed by it
+    only if it was opened here.
+    """
+    is_own_store = store is None
+    store = store or open_store(settings.store_url)
+    services = build_services(settings, engine or build_engine(settings), store)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with running(services):
+                yield
+        finally:
+            if is_own_store:
+                store.close()
+
+    app = FastAPI(
+        lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.state.services = services
+    for module in (chat, models, status):
+        app.include_router(module.router)
+    for kind in ERRORS_WITH_A_STATUS:
+        app.add_exception_handler(kind, _answer_error)
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)  # innermost
+    app.add_middleware(ApiKey, key=key)
+    app.add_middleware(RequestContext, in_flight=services.in_flight)
+    return app
+
+
+def build_engine(settings: Settings) -> Engine:
+    """Load the model and put the embedded engine around it; the engine is not started."""
+    from server.engine.engine import EmbeddedEngine, EngineConfig
+    from steering.layers import text_config
+    from steering.models import load_model
+
+    if settings.model is None:
+        raise ServerError("no model to serve: pass --model or set DESHIFT_MODEL")
+    loaded = load_model(
+        settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
+    )
+    positions = getattr(text_config(loaded.model), "max_position_embeddings", None)
+    config = EngineConfig(
+        max_model_len=min(settings.max_model_len, positions or settings.max_model_len),
+        max_rows=settings.max_rows,
+        kv_tokens=settings.kv_tokens,
+        max_queue=settings.max_queue,
+        prefill_chunk=settings.prefill_chunk,
+    )
+    return EmbeddedEngine(loaded, config)
+
+
+def build_services(settings: Settings, engine: Engine, store: Store) -> Services:
+    policy = Policy.from_settings(settings)
+    return Services(
+        settings=settings,
+        policy=policy,
+        engine=engine,
+        vectors=VectorCatalogue(store, policy, engine.identity),
+        media_limits=MediaLimits(
+            max_images=settings.max_images,
+            max_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_image_pixels,
+            max_aspect=settings.max_image_aspect,
+        ),
+        created=int(time.time()),
+        pool=ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare"),
+    )
+
+
+@asynccontextmanager
+async def running(services: Services) -> AsyncIterator[None]:
+    """Start engine and vectors; on leaving, drain and stop everything. Raises EngineError.
+
+    Vectors that are missing or wrong do not stop the start: /ready says so, image requests get
+    503, and a set that is activated later is taken up.
+    """
+    services.bridge.bind(asyncio.get_running_loop())
+    try:
+        await asyncio.to_thread(services.engine.start)
+        await asyncio.to_thread(services.vectors.refresh)
+        poll = asyncio.create_task(services.vectors.poll())
+        try:
+            yield
+        finally:
+            poll.cancel()
+            with suppress(asyncio.CancelledError):
+                await poll
+    finally:
+        await drain(services)
+        services.pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def drain(services: Services) -> None:
+    """Refuse what is new with 503, let what runs finish within drain_timeout_s, stop the engine.
+
+    The second call finds nothing to do.
+    """
+    services.in_flight.is_draining = True
+    await asyncio.to_thread(services.engine.drain, services.settings.drain_timeout_s)
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    return error_response(error)

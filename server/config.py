@@ -1,0 +1,207 @@
+"""Frozen settings; the only reader of the environment.
+
+Every field is DESHIFT_<NAME> in the environment. Nothing is mutated after construction.
+"""
+
+import difflib
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from server.errors import ConfigError
+from steering.errors import PlanError
+from steering.plan import Mode, Schedule
+
+PREFIX = "DESHIFT_"
+ClientOverride = Literal["none", "strengthen", "any"]
+MIB = 1024 * 1024
+
+
+class Settings(BaseModel):
+    """What an operator decides; construct it, or read it with `from_env`. Raises ConfigError."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: SecretStr | None = Field(
+        None, description="Bearer key that clients send; without one only a loopback host is bound."
+    )
+
+    model: str | None = Field(None, description="Directory or hub id of the model.")
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    served_model_name: str | None = Field(
+        None, description="Name that requests use; by default the model's own."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Number format of weights and states."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    max_model_len: int = Field(
+        4096, ge=16, description="Longest prompt plus answer, in tokens; at most the model's own."
+    )
+    max_rows: int = Field(16, ge=1, description="Sequences that are decoded together.")
+    kv_tokens: int | None = Field(
+        None, ge=16, description="KV cache budget in tokens; by default max_rows * max_model_len."
+    )
+    max_queue: int = Field(256, ge=1, description="Requests that may wait; beyond it 429.")
+    prefill_chunk: int = Field(512, ge=1, description="Prompt tokens prefilled per step at most.")
+
+    request_timeout_s: float = Field(600.0, gt=0, description="Longest life of one request.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="How long running answers may go on after SIGTERM."
+    )
+    max_body_bytes: int = Field(32 * MIB, ge=1024, description="Largest request body.")
+    max_image_bytes: int = Field(10 * MIB, ge=1, description="Largest encoded image.")
+    max_image_pixels: int = Field(
+        25_000_000, ge=1, description="Largest image, width times height, read before decoding."
+    )
+    max_image_aspect: float = Field(
+        50.0, ge=1, description="Largest ratio of an image's sides; processors scale the short one."
+    )
+    max_images: int = Field(8, ge=0, description="Most images in one request.")
+    max_n: int = Field(8, ge=1, description="Most choices (n) in one request.")
+
+    steering_mode: Mode = Field(
+        "dataset", description="off or dataset; with dataset and no valid vectors: not ready."
+    )
+    alpha: float = Field(1.0, ge=0, description="Strength; 0 is an exact no-op.")
+    alpha_max: float = Field(2.0, ge=0, description="Largest alpha that any request may get.")
+    schedule: str = Field(
+        "all", description="all, incremental, range:a-b, single:l or incremental:a-b."
+    )
+    vector_alias: str = Field("default", min_length=1, description="Name of the vector set.")
+    client_override: ClientOverride | None = Field(
+        None,
+        description="What a request's steering field may change: none, strengthen or any; "
+        "by default none, but any on a loopback host without an API key.",
+    )
+    max_relative_dose: float = Field(
+        1.0,
+        gt=0,
+        description="Cap of alpha * |Delta| / |h| at every layer: beyond it models babble.",
+    )
+
+    cache: Path = Field(
+        Path("~/.cache/deshift"), description="Directory of the store and assembled models."
+    )
+    store: str | None = Field(
+        None, description="Store of vectors; by default sqlite:///<cache>/deshift.db."
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] = os.environ, overrides: Mapping[str, object] | None = None
+    ) -> Self:
+        """Read every DESHIFT_ variable; `overrides` (command-line flags, by field) win.
+
+        A variable that names no setting is refused, so that a misspelt one is not ignored.
+        """
+        values: dict[str, object] = {}
+        for variable, value in environ.items():
+            if not variable.startswith(PREFIX):
+                continue
+            name = variable.removeprefix(PREFIX).lower()
+            if name not in cls.model_fields:
+                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f"; did you mean {PREFIX}{close[0].upper()}?" if close else ""
+                raise ConfigError(f"{variable} is not a setting{hint}")
+            values[name] = value
+        return cls(**{**values, **(overrides or {})})
+
+    @field_validator("api_key")
+    @classmethod
+    def _usable_key(cls, key: SecretStr | None) -> SecretStr | None:
+        text = key.get_secret_value() if key else "x"
+        if not text or not text.isascii() or not text.isprintable() or " " in text:
+            raise ValueError("must be printable ASCII without spaces, and not empty")
+        return key
+
+    @field_validator("schedule")
+    @classmethod
+    def _valid_schedule(cls, text: str) -> str:
+        try:
+            return str(Schedule.parse(text))
+        except PlanError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("cache")
+    @classmethod
+    def _expanded(cls, path: Path) -> Path:
+        return path.expanduser()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.alpha > self.alpha_max:
+            raise ValueError(
+                f"{PREFIX}ALPHA {self.alpha:g} is over {PREFIX}ALPHA_MAX {self.alpha_max:g}"
+            )
+        if self.api_key is None and not self.is_loopback:
+            raise ValueError(
+                f"{PREFIX}HOST {self.host} can be reached from other machines: "
+                f"set {PREFIX}API_KEY, or listen on 127.0.0.1"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests use."""
+        return self.served_model_name or self.model or "deshift"
+
+    @property
+    def kv_tokens_in_force(self) -> int:
+        return self.kv_tokens or self.max_rows * self.max_model_len
+
+    @property
+    def client_override_in_force(self) -> ClientOverride:
+        if self.client_override is not None:
+            return self.client_override
+        return "any" if self.is_loopback and self.api_key is None else "none"
+
+    @property
+    def store_url(self) -> str:
+        return self.store or f"sqlite:///{self.cache / 'deshift.db'}"
+
+
+def _explain(error: ValidationError) -> str:
+    """One line that names each variable; values are shown, except the key's."""
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:
+            lines.append(message)
+            continue
+        name = str(problem["loc"][0])
+        shown = "" if name == "api_key" else f" {problem['input']!r}"
+        known = name in Settings.model_fields
+        lines.append(f"{PREFIX}{name.upper()}{shown}: {message if known else 'not a setting'}")
+    return "; ".join(lines)

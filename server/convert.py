@@ -1,0 +1,298 @@
+"""Wire -> domain, and engine events -> wire: the answer, or the frames of its stream. Pure.
+
+Does not cover validation (protocol.py), images (media.py) nor when anything is sent (routes/).
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from server.engine.types import (
+    ChoiceFinished,
+    EngineEvent,
+    Finished,
+    FinishReason,
+    SamplingParams,
+    TextEvent,
+    TokenLogprob,
+)
+from server.policy import Override
+from server.protocol import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Choice,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Delta,
+    ImagePart,
+    Message,
+    RefusalPart,
+    SteeringOverride,
+    SteeringReport,
+    TokenLogprobContent,
+    TopLogprob,
+    Usage,
+)
+from steering.plan import Schedule, SteeringPlan
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+LOWEST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot hold
+
+
+def engine_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages for Engine.prepare: every content a list of text and image parts, in order."""
+    return [_engine_message(message) for message in messages]
+
+
+def _engine_message(message: Message) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    parts: list[dict[str, str]] = []
+    for part in message.content or []:
+        if isinstance(part, ImagePart):
+            parts.append({"type": "image"})
+        else:
+            text = part.refusal if isinstance(part, RefusalPart) else part.text
+            parts.append({"type": "text", "text": text})
+    if message.role == "assistant" and not parts and message.refusal is not None:
+        parts.append({"type": "text", "text": message.refusal})
+    return {"role": role, "content": parts}
+
+
+def sampling_params(
+    wire: ChatCompletionRequest, *, prompt_len: int, max_model_len: int
+) -> SamplingParams:
+    """Without max_tokens an answer may fill what the prompt leaves of the context."""
+    asked = [limit for limit in (wire.max_tokens, wire.max_completion_tokens) if limit is not None]
+    default = SamplingParams(max_tokens=1)
+    top_p = _or(wire.top_p, default.top_p)
+    return SamplingParams(
+        max_tokens=min(asked) if asked else max(1, max_model_len - prompt_len),
+        temperature=_or(wire.temperature, default.temperature) if top_p > 0 else 0.0,
+        top_p=top_p if top_p > 0 else 1.0,  # no mass but the likeliest token's: greedy
+        top_k=max(0, _or(wire.top_k, default.top_k)),
+        min_p=_or(wire.min_p, default.min_p),
+        seed=wire.seed,
+        presence_penalty=_or(wire.presence_penalty, default.presence_penalty),
+        frequency_penalty=_or(wire.frequency_penalty, default.frequency_penalty),
+        repetition_penalty=_or(wire.repetition_penalty, default.repetition_penalty),
+        logit_bias={int(token): bias for token, bias in (wire.logit_bias or {}).items()},
+        stop=tuple(wire.stop or ()),
+        ignore_eos=bool(wire.ignore_eos),
+        n=wire.n or 1,
+        top_logprobs=(wire.top_logprobs or 0) if wire.logprobs else None,
+    )
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def override_of(wire: SteeringOverride | None) -> Override | None:
+    if wire is None:
+        return None
+    schedule = None if wire.schedule is None else Schedule.parse(wire.schedule)
+    return Override(mode=wire.mode, alpha=wire.alpha, schedule=schedule)
+
+
+def steering_header(plan: SteeringPlan) -> str:
+    """The value of x-deshift-steering."""
+    if not plan.is_active:
+        return f"mode=off; reason={plan.reason}"
+    return (
+        f"mode={plan.mode}; alpha={plan.alpha:g}; schedule={plan.schedule}; "
+        f"vector={plan.vector_id}; revision={plan.revision}"
+    )
+
+
+def steering_report(plan: SteeringPlan, max_dose: float, inject_s: float) -> SteeringReport:
+    return SteeringReport(
+        mode=plan.mode if plan.is_active else "off",
+        alpha=plan.alpha if plan.is_active else 0.0,
+        method=plan.method if plan.is_active else None,
+        schedule=str(plan.schedule) if plan.is_active else None,
+        vector=plan.vector_id if plan.is_active else None,
+        revision=plan.revision,
+        relative_dose=round(max_dose, 6),
+        overhead_ms=round(1000 * inject_s, 3) if plan.is_active else 0.0,
+        reason=plan.reason,
+    )
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """What every chunk and every answer of one request says about itself."""
+
+    id: str
+    created: int
+    model: str
+    plan: SteeringPlan
+    max_dose: float
+    num_choices: int
+    with_logprobs: bool
+
+    def report(self, finished: Finished) -> SteeringReport:
+        return steering_report(self.plan, self.max_dose, finished.timings.inject_s)
+
+
+def usage_of(finished: Finished) -> Usage:
+    return Usage(
+        prompt_tokens=finished.prompt_tokens,
+        completion_tokens=finished.completion_tokens,
+        total_tokens=finished.prompt_tokens + finished.completion_tokens,
+    )
+
+
+@dataclass
+class _ChoiceSoFar:
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: FinishReason = "stop"
+
+
+class WholeAnswer:
+    """Collects one request's events into a chat.completion."""
+
+    def __init__(self, head: AnswerHead) -> None:
+        self._head = head
+        self._choices = [_ChoiceSoFar() for _ in range(head.num_choices)]
+        self._finished: Finished | None = None
+
+    def add(self, event: EngineEvent) -> None:
+        match event:
+            case TextEvent():
+                self._choices[event.index].text.append(event.text)
+                self._choices[event.index].logprobs.extend(event.logprobs)
+            case ChoiceFinished():
+                self._choices[event.index].reason = event.reason
+            case Finished():
+                self._finished = event
+
+    def body(self) -> bytes:
+        """The JSON body; call it after the Finished event."""
+        assert self._finished is not None, "the body is made after Finished"
+        answer = ChatCompletion(
+            id=self._head.id,
+            created=self._head.created,
+            model=self._head.model,
+            choices=[
+                Choice(
+                    index=index,
+                    message=AnswerMessage(content="".join(choice.text)),
+                    logprobs=_logprobs(choice.logprobs) if self._head.with_logprobs else None,
+                    finish_reason=choice.reason,
+                )
+                for index, choice in enumerate(self._choices)
+            ],
+            usage=usage_of(self._finished),
+            steering=self._head.report(self._finished),
+        )
+        return answer.model_dump_json().encode()
+
+
+class StreamedAnswer:
+    """Turns one request's events into server-sent events.
+
+    The chunk with a choice's finish_reason waits for the next event, so that without a usage
+    chunk the last one can carry the steering report.
+    """
+
+    def __init__(self, head: AnswerHead, include_usage: bool) -> None:
+        self._head = head
+        self._include_usage = include_usage
+        self._held: ChatCompletionChunk | None = None
+
+    def opening(self) -> bytes:
+        """The role of every choice, before any text."""
+        return b"".join(
+            _frame(self._chunk(ChunkChoice(index=index, delta=_role_delta())))
+            for index in range(self._head.num_choices)
+        )
+
+    def frames(self, event: EngineEvent) -> bytes:
+        """What `event` adds to the stream; nothing for a Failed."""
+        match event:
+            case TextEvent():
+                return self._release() + _frame(self._chunk(self._text_choice(event)))
+            case ChoiceFinished():
+                choice = ChunkChoice(
+                    index=event.index, delta=Delta(), logprobs=None, finish_reason=event.reason
+                )
+                released, self._held = self._release(), self._chunk(choice)
+                return released
+            case Finished():
+                return self._closing(event) + DONE
+        return b""
+
+    def _text_choice(self, event: TextEvent) -> ChunkChoice:
+        return ChunkChoice(
+            index=event.index,
+            delta=Delta(content=event.text),
+            logprobs=_logprobs(event.logprobs) if self._head.with_logprobs else None,
+            finish_reason=None,
+        )
+
+    def _closing(self, finished: Finished) -> bytes:
+        report = self._head.report(finished)
+        if self._include_usage:
+            last = self._chunk(None)
+            last.usage, last.steering = usage_of(finished), report
+            return self._release() + _frame(last)
+        if self._held is not None:
+            self._held.steering = report
+        return self._release()
+
+    def _release(self) -> bytes:
+        held, self._held = self._held, None
+        return b"" if held is None else _frame(held)
+
+    def _chunk(self, choice: ChunkChoice | None) -> ChatCompletionChunk:
+        chunk = ChatCompletionChunk(
+            id=self._head.id,
+            object="chat.completion.chunk",
+            created=self._head.created,
+            model=self._head.model,
+            choices=[] if choice is None else [choice],
+        )
+        if self._include_usage:
+            chunk.usage = None  # set, so that it is written
+        return chunk
+
+
+def _role_delta() -> Delta:
+    return Delta(role="assistant", content="")
+
+
+def _frame(chunk: ChatCompletionChunk) -> bytes:
+    # ASCII only: some clients split lines at U+2028, which JSON may hold unescaped.
+    return _event(chunk.model_dump(exclude_unset=True))
+
+
+def error_frame(body: dict[str, Any]) -> bytes:
+    """A failure after the stream began: its HTTP status is already sent."""
+    return _event(body)
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n".encode("ascii")
+
+
+def _logprobs(tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> ChoiceLogprobs:
+    return ChoiceLogprobs(
+        content=[
+            TokenLogprobContent(
+                **_top(token).model_dump(), top_logprobs=[_top(other) for other in token.top]
+            )
+            for token in tokens
+        ]
+    )
+
+
+def _top(token: TokenLogprob) -> TopLogprob:
+    return TopLogprob(
+        token=token.text,
+        logprob=max(token.logprob, LOWEST_LOGPROB),
+        bytes=list(token.bytes_),
+    )

@@ -1,0 +1,165 @@
+"""The exceptions of the server package and the one table from exceptions to OpenAI's error shape.
+
+Does not cover which code raises what; the engine's own exceptions live in engine/types.py.
+"""
+
+from typing import ClassVar
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from server.engine.types import (
+    EngineError,
+    FailureKind,
+    InputError,
+    NotAcceptingError,
+    PromptTooLongError,
+    QueueFullError,
+)
+
+RETRY_AFTER_S = 1
+
+
+class ServerError(Exception):
+    """Base of everything this package raises on purpose; the message is for a person."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str | None = None
+    param: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param if param is not None else self.param
+        self.code = code if code is not None else self.code
+
+
+class ConfigError(ServerError):
+    """A setting is malformed or contradicts another; names the variable. Stops startup."""
+
+
+class StartupError(ServerError):
+    """The server cannot start: port, model, vectors or store. The message is one line."""
+
+
+class InvalidRequestError(ServerError):
+    """The body, one of its fields or one of its pictures cannot be honoured."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class AuthenticationError(ServerError):
+    """No API key, or a wrong one."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class OverrideForbiddenError(ServerError):
+    """The request's `steering` asks for what the policy does not let clients change."""
+
+    status = 403
+    type = "permission_error"
+    code = "steering_override_forbidden"
+    param = "steering"
+
+
+class UnknownModelError(ServerError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+    param = "model"
+
+
+class RequestTimeoutError(ServerError):
+    status = 408
+    type = "timeout_error"
+    code = "request_timeout"
+
+
+class BodyTooLargeError(ServerError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class UnavailableError(ServerError):
+    """Not now: draining, or no valid shift vectors although the policy steers."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "service_unavailable"
+
+
+class GenerationFailedError(ServerError):
+    """The engine ended an accepted request without its answer."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message, code=f"generation_{kind}")
+        self.kind = kind
+
+
+_HTTP_STATUS_OF_FAILURE: dict[FailureKind, int] = {
+    "timeout": 408,
+    "draining": 503,
+    "cancelled": 503,
+    "engine": 500,
+}
+
+
+def error_status(error: Exception) -> int:
+    """The HTTP status of a known exception; 500 for any other."""
+    match error:
+        case GenerationFailedError():
+            return _HTTP_STATUS_OF_FAILURE[error.kind]
+        case ServerError():
+            return error.status
+        case PromptTooLongError() | InputError():
+            return 400
+        case QueueFullError():
+            return 429
+        case NotAcceptingError():
+            return 503
+        case HTTPException():
+            return error.status_code
+    return 500
+
+
+def error_body(error: Exception) -> dict[str, dict[str, str | None]]:
+    """OpenAI's error object; an unknown exception's text stays in the log."""
+    message, type_, param, code = str(error), "server_error", None, None
+    match error:
+        case ServerError():
+            type_, param, code = error.type, error.param, error.code
+        case PromptTooLongError():
+            type_, param, code = "invalid_request_error", "messages", "context_length_exceeded"
+        case InputError():
+            type_, param = "invalid_request_error", "messages"
+        case QueueFullError():
+            type_, code = "rate_limit_error", "queue_full"
+        case NotAcceptingError():
+            type_, code = "service_unavailable_error", "service_unavailable"
+        case EngineError():
+            pass
+        case HTTPException():
+            type_, message = "invalid_request_error", error.detail
+        case _:
+            message = "internal error; the log has it under this answer's x-request-id"
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The whole answer, with Retry-After on 429 and 503 and the challenge on 401."""
+    status = error_status(error)
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+    if status in (429, 503):
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if status == 413:
+        headers["connection"] = "close"  # the rest of the body is not read
+    return JSONResponse(error_body(error), status_code=status, headers=headers)

@@ -1,0 +1,398 @@
+"""The wire format of chat completions: what a request may hold, what an answer looks like.
+
+A field that would change the output and is not honoured is refused by name; fields that change
+nothing here are dropped by list. Nothing past convert.py sees these models.
+"""
+
+import json
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from server.errors import InvalidRequestError
+from steering.errors import PlanError
+from steering.plan import Mode, Schedule
+
+# ---------------------------------------------------------------------------------- the request
+
+# Accepted and ignored: they say who asks, how it is billed or stored, or how fast it should be.
+IGNORED_FIELDS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+# Not honoured: only the values that ask for nothing are accepted.
+NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class Wire(BaseModel):
+    """Strict: a number in a string, or a field nobody knows, is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Wire):
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _image_object(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError('must be an object such as {"url": "data:image/png;base64,..."}')
+    return value
+
+
+class ImageUrl(Wire):
+    """`detail` is accepted and has no effect: the model's processor decides the resolution."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Wire):
+    type: Literal["image_url"]
+    image_url: Annotated[ImageUrl, BeforeValidator(_image_object)]
+
+
+def _as_parts(value: object) -> object:
+    """A string is one text part, so that everything after sees parts."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string or an array of content parts that is not empty")
+    return value
+
+
+UserPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+AssistantPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class SystemMessage(Wire):
+    """`developer` is OpenAI's newer name of `system`. `name` is accepted and ignored throughout."""
+
+    role: Literal["system", "developer"]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
+    name: str | None = None
+
+
+class UserMessage(Wire):
+    role: Literal["user"]
+    content: Annotated[list[UserPart], BeforeValidator(_as_parts)]
+    name: str | None = None
+
+
+class AssistantMessage(Wire):
+    """An earlier answer, in the form in which the clients' libraries give it back."""
+
+    role: Literal["assistant"]
+    content: Annotated[list[AssistantPart], BeforeValidator(_as_parts)] | None = None
+    refusal: str | None = None
+    name: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "AssistantMessage":
+        if self.content is None and self.refusal is None:
+            raise ValueError("an assistant message needs content or a refusal")
+        return self
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class StreamOptions(Wire):
+    """`include_obfuscation` is accepted and ignored: padding, not content."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SteeringOverride(Wire):
+    """A request's wish; policy.py says how far it is heard. Absent or null: the policy's value."""
+
+    mode: Mode | None = None
+    alpha: Annotated[float, Field(ge=0)] | None = None
+    schedule: str | None = None
+
+    @field_validator("schedule")
+    @classmethod
+    def _valid_schedule(cls, text: str | None) -> str | None:
+        try:
+            return text if text is None else str(Schedule.parse(text))
+        except PlanError as error:
+            raise ValueError(str(error)) from None
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+INT64 = 2**63
+
+
+class ChatCompletionRequest(Wire):
+    """The fields that are honoured."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: (
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+            Annotated[float, Field(ge=-100, le=100)],
+        ]
+        | None
+    ) = None
+    stop: Annotated[list[StopString], Field(max_length=4)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    ignore_eos: bool | None = None
+    steering: SteeringOverride | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_streaming(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("is allowed only with stream: true")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("is allowed only with logprobs: true")
+        return value
+
+    @property
+    def image_urls(self) -> list[str]:
+        """Of all messages, in order."""
+        return [
+            part.image_url.url
+            for message in self.messages
+            if isinstance(message, UserMessage)
+            for part in message.content
+            if isinstance(part, ImagePart)
+        ]
+
+
+def parse_chat(body: bytes) -> ChatCompletionRequest:
+    """Parse and validate a request body. Raises InvalidRequestError naming the field."""
+    data = _parse_json(body)
+    honoured = {}
+    for name, value in data.items():
+        if name in IGNORED_FIELDS or (name in NEUTRAL_VALUES and value is None):
+            continue
+        if name in NEUTRAL_VALUES:
+            if not any(value == neutral for neutral in NEUTRAL_VALUES[name]):
+                raise InvalidRequestError(
+                    f"{name} is not supported here: leave it out",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+            continue
+        if name not in ChatCompletionRequest.model_fields:
+            raise InvalidRequestError(
+                f"unknown field {name[:80]!r}", param=name[:80], code="unknown_parameter"
+            )
+        honoured[name] = value
+    try:
+        return ChatCompletionRequest.model_validate(honoured)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        param = _path(problem["loc"], honoured)
+        raise InvalidRequestError(f"{param}: {_message(problem)}", param=param) from None
+
+
+def _parse_json(body: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise InvalidRequestError("the body is not UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
+    return data
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _path(loc: tuple[int | str, ...], data: object) -> str:
+    """`messages[0].content[1].image_url`: pydantic's location without its union tags."""
+    path = ""
+    for position, step in enumerate(loc):
+        if isinstance(step, int):
+            path += f"[{step}]"
+            data = data[step] if isinstance(data, list) and step < len(data) else None
+        elif isinstance(data, dict) and (step in data or position == len(loc) - 1):
+            path += f".{step}" if path else step
+            data = data.get(step)
+    return path or "body"
+
+
+def _message(problem: Any) -> str:
+    """Pydantic's words without its class names; never the value."""
+    match problem["type"]:
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return "must be an object"
+        case "extra_forbidden":
+            return "is not supported here: leave it out"
+        case "none_required":
+            return "is not supported here: must be null or absent"
+        case "missing":
+            return "is required"
+    return str(problem["msg"].removeprefix("Value error, "))
+
+
+# ----------------------------------------------------------------------------------- the answer
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobContent(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    content: list[TokenLogprobContent]
+    refusal: None = None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class SteeringReport(BaseModel):
+    """What was done to this answer; `reason` says why nothing, and is null when something was."""
+
+    mode: str
+    alpha: float
+    method: str | None
+    schedule: str | None
+    vector: str | None
+    revision: int
+    relative_dose: float
+    overhead_ms: float
+    reason: str | None
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    steering: SteeringReport
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """Dumped with exclude_unset: `usage` and `steering` appear where they were given."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    steering: SteeringReport | None = None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "deshift"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]

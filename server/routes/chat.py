@@ -1,0 +1,116 @@
+"""POST /v1/chat/completions: one request, from its body to its last byte.
+
+body -> wire model -> plan -> pictures and prompt (thread pool) -> engine -> events -> answer.
+"""
+
+import asyncio
+import time
+import uuid
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.answers import StreamResponse, WholeResponse
+from server.convert import (
+    AnswerHead,
+    engine_messages,
+    override_of,
+    sampling_params,
+    steering_header,
+)
+from server.engine.types import EngineInputs, EngineRequest, QueueFullError
+from server.errors import InvalidRequestError, RequestTimeoutError
+from server.generation import Generation
+from server.media import decode_images
+from server.middleware import record_of
+from server.policy import decide
+from server.protocol import ChatCompletionRequest, parse_chat
+from server.routes.models import check_model
+from server.services import Services, services_of
+from server.vectors import RowSteering
+from steering.errors import PlanError
+from steering.plan import SteeringPlan
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request) -> Response:
+    services, record = services_of(request), record_of(request.scope)
+    _refuse_overload(services)
+    wire = parse_chat(await _body(request, services.settings.request_timeout_s))
+    check_model(services, wire.model)
+    _check_num_choices(services, wire)
+    plan, steering = _steering(services, wire)
+    record.steering = steering_header(plan).replace(" ", "")
+    inputs = await asyncio.get_running_loop().run_in_executor(
+        services.pool, _prepare, services, wire
+    )
+    generation = Generation(services.engine, services.bridge)
+    engine_request = EngineRequest(
+        request_id=f"chatcmpl-{uuid.uuid4().hex}",
+        inputs=inputs,
+        params=sampling_params(
+            wire,
+            prompt_len=len(inputs.token_ids),
+            max_model_len=services.engine.max_model_len,
+        ),
+        plan=plan,
+        delta=steering.delta,
+        emit=generation.emit,
+        timeout_s=services.settings.request_timeout_s,
+    )
+    head = AnswerHead(
+        id=engine_request.request_id,
+        created=int(time.time()),
+        model=wire.model,
+        plan=plan,
+        max_dose=steering.max_dose,
+        num_choices=engine_request.params.n,
+        with_logprobs=bool(wire.logprobs),
+    )
+    if not wire.stream:
+        return WholeResponse(generation, engine_request, head, record)
+    include_usage = bool(wire.stream_options and wire.stream_options.include_usage)
+    return StreamResponse(generation, engine_request, head, record, include_usage)
+
+
+def _refuse_overload(services: Services) -> None:
+    """Refuse what the engine could not hold anyway before its pictures cost anything."""
+    services.refuse_while_draining()
+    room = services.settings.max_rows + services.settings.max_queue
+    if services.in_flight.count > room:
+        raise QueueFullError(f"{room} requests are running or waiting already; try again later")
+
+
+def _check_num_choices(services: Services, wire: ChatCompletionRequest) -> None:
+    limit = min(services.settings.max_n, services.settings.max_rows)
+    if wire.n is not None and wire.n > limit:
+        raise InvalidRequestError(f"n: {wire.n}; the limit is {limit}", param="n")
+
+
+async def _body(request: Request, timeout_s: float) -> bytes:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":  # also keeps other sites' forms off a loopback server
+        raise InvalidRequestError("the content-type must be application/json")
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await request.body()
+    except TimeoutError:
+        raise RequestTimeoutError(f"the body did not arrive within {timeout_s:g} s") from None
+
+
+def _steering(services: Services, wire: ChatCompletionRequest) -> tuple[SteeringPlan, RowSteering]:
+    """Fix the plan, with one look at the vectors, for the request's life."""
+    vectors = services.vectors.active
+    has_images = bool(wire.image_urls)
+    try:
+        plan = decide(services.policy, override_of(wire.steering), has_images, vectors)
+        return plan, services.vectors.steering(plan, vectors)
+    except PlanError as error:
+        raise InvalidRequestError(str(error), param="steering") from None
+
+
+def _prepare(services: Services, wire: ChatCompletionRequest) -> EngineInputs:
+    images = decode_images(wire.image_urls, services.media_limits)
+    return services.engine.prepare(engine_messages(wire.messages), images)

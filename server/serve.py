@@ -1,0 +1,114 @@
+"""Running the server as a process: the socket, uvicorn, signals, exit codes.
+
+Does not cover what is served (app.py).
+"""
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.app import create_app, drain
+from server.config import Settings
+from server.engine.types import EngineError
+from server.errors import ServerError, StartupError
+from server.services import Services
+from steering.errors import SteeringError
+
+log = logging.getLogger("deshift")
+LAST_BYTES_S = 5  # after the engine has stopped, for the ends of answers to leave
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code. Errors of startup are one line."""
+    configure_logging()
+    try:
+        with listening_socket(settings) as sock:  # first: a taken port costs no loaded model
+            asyncio.run(run(create_app(settings), sock))
+    except (ServerError, EngineError, SteeringError) as error:
+        print(f"deshift: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while the model loads, or at the second Ctrl-C
+        return 130
+    return 0
+
+
+def configure_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+def listening_socket(settings: Settings) -> socket.socket:
+    """Bind, and not yet listen: until the server is up, connections are refused.
+
+    Raises StartupError naming host and port.
+    """
+    place = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"cannot listen on {place}: {error.strerror or error}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        hint = "; choose another with --port" if error.errno == errno.EADDRINUSE else ""
+        raise StartupError(f"cannot listen on {place}: {error.strerror}{hint}") from None
+    return sock
+
+
+async def run(app: FastAPI, sock: socket.socket) -> None:
+    """Run the lifespan around uvicorn, so that what it raises comes out here."""
+    services: Services = app.state.services
+    async with app.router.lifespan_context(app):
+        host, port = sock.getsockname()[:2]
+        log.info("serving %s on http://%s:%d", services.settings.model_name, host, port)
+        await DrainingServer(app, services).serve(sockets=[sock])
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first signal: 503 for what is new, until what runs has finished; then stop.
+
+    On the second signal: stop at once.
+    """
+
+    def __init__(self, app: FastAPI, services: Services) -> None:
+        config = uvicorn.Config(
+            app,
+            lifespan="off",  # run() holds it
+            access_log=False,  # middleware.py writes one line per request
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=LAST_BYTES_S,
+        )
+        super().__init__(config)
+        self._services = services
+        self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._services.in_flight.is_draining:
+            super().handle_exit(sig, frame)
+            return
+        self._services.in_flight.is_draining = True
+        self._loop.call_soon_threadsafe(self._begin_draining, signal.Signals(sig).name)
+
+    def _begin_draining(self, name: str) -> None:
+        log.info("%s: draining %d requests", name, self._services.in_flight.count)
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await drain(self._services)
+        finally:
+            self.should_exit = True
