@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from server.engine.types import EngineInputs, EngineRequest, EngineStatus
+from steering.models import ModelIdentity
 
 
 class Engine(Protocol):
@@ -17,6 +18,11 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus answer, in tokens."""
+        ...
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model it runs; shift vectors are checked against it."""
         ...
 
     def prepare(

@@ -41,7 +41,7 @@ from server.engine.types import (
 )
 from steering.hooks import steer
 from steering.layers import decoder_layers
-from steering.models import LoadedModel
+from steering.models import LoadedModel, ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,9 @@ class EmbeddedEngine:
     """Implements `server.engine.api.Engine` on a Hugging Face model."""
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self.identity = loaded.identity
         self._model: Any = loaded.model
+        self._identity = loaded.identity
         self._tokenizer = loaded.processor.tokenizer
         self._config = config
         self._family = family_of(self._model)
@@ -115,6 +117,10 @@ class EmbeddedEngine:
     @property
     def max_model_len(self) -> int:
         return self._config.max_model_len
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self._identity
 
     def prepare(self, messages: Seq[dict[str, Any]], images: Seq[Image.Image]) -> EngineInputs:
         return self._inputs.build(messages, images)
