@@ -1,6 +1,6 @@
-"""The only forward hooks of the project: one that records hidden states, one that steers them.
+"""The only forward hooks of the project: some record hidden states, one steers them.
 
-Both sit on the decoder layers, so they see h_l, the residual stream after layer l; transformers'
+They sit on the decoder layers, so they see h_l, the residual stream after layer l; transformers'
 `output_hidden_states` is off by one and ends after the final norm. Does not decide what is
 subtracted (methods.py) nor from which row (the engine's runner).
 """
@@ -45,7 +45,7 @@ def _on_each_layer(layers: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
 
 
 class Recorder:
-    """The last token's hidden state after each layer, of the most recent forward pass."""
+    """The last token's hidden state at each layer, of the most recent forward pass."""
 
     def __init__(self, num_layers: int) -> None:
         self._last: list[Tensor | None] = [None] * num_layers
@@ -57,7 +57,8 @@ class Recorder:
         return torch.stack(states)
 
     def _record(self, layer: int, hidden: Tensor) -> None:
-        self._last[layer] = hidden[:, -1].float()
+        # A copy: a view would keep the whole (B, T, D) alive, and later code may write into it.
+        self._last[layer] = hidden[:, -1].to(torch.float32, copy=True)
 
 
 @contextmanager
@@ -66,6 +67,28 @@ def record(layers: Sequence[nn.Module]) -> Iterator[Recorder]:
     recorder = Recorder(len(layers))
     with _on_each_layer(layers, recorder._record):
         yield recorder
+
+
+@contextmanager
+def record_inputs(modules: Sequence[nn.Module]) -> Iterator[Recorder]:
+    """Record the hidden state that each module is given; on the layers' readers (the next layer,
+    the final norm) this shows what a steered layer's output became for them."""
+    recorder = Recorder(len(modules))
+
+    def hook_of(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recorder._record(index, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    handles = []
+    try:
+        for index, module in enumerate(modules):
+            handles.append(module.register_forward_pre_hook(hook_of(index), with_kwargs=True))
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -127,6 +150,11 @@ def subtract_at(hidden: Tensor, delta: Tensor, token: int) -> Tensor:
 
     Computed in float32 inside the kernel and rounded once to the hidden state's dtype. Returns a
     new tensor. Source: CMRM (arXiv 2410.09047), eq. 5.
+
+    In bfloat16 that rounding is the limit, whatever dtype delta has. Measured on Gaussian states:
+    the step's length is right within 2 % for doses |delta| / |h| from 1 % (D = 4096) or 2 %
+    (D = 576), its component along delta from 0.5 % or 1 %. Below 0.3 % half of the coordinates
+    do not move, and at 0.1 % half of the step is lost: such doses need float32.
     """
     if hidden.shape[1] == 1:
         return hidden - delta[:, None]

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2VLProcessor
 
 
-class Qwen2VLImageOnlyProcessor(Qwen2VLProcessor):  # type: ignore[misc]
+class Qwen2VLImageOnlyProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor for text and pictures; its video part requires torchvision."""
 
     def __init__(

@@ -1,7 +1,8 @@
 """The start-up canary: the hooks steer each layer by exactly the planned amount, or no service.
 
 One mixed batch with a row a layer: row l is steered at layer l alone, the last row not at all.
-So it also shows that rows do not leak into each other.
+So it also shows that rows do not leak into each other. What counts is what the layers' readers
+(the next layer, the final norm) are given, not what the hooks returned.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from server.engine.runner import SteeringFaultError
-from steering.hooks import Injection, Injector, record
+from steering.hooks import Injection, Injector, record_inputs
 from steering.layers import decoder_layers
 
 DOSE = 0.5
@@ -24,6 +25,7 @@ def run_canary(model: Any, injector: Injector) -> None:
     Runs inside `torch.inference_mode()`, with the steering hooks installed.
     """
     layers = decoder_layers(model)
+    readers = [*layers[1:], model.get_decoder().norm]
     num_layers = len(layers)
     hidden_size = model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +33,7 @@ def run_canary(model: Any, injector: Injector) -> None:
     direction = torch.nn.functional.normalize(direction, dim=-1)
 
     for num_tokens in (1, NUM_TOKENS):
-        with record(layers) as recorder:
+        with record_inputs(readers) as recorder:
             _forward(model, injector, None, num_layers + 1, num_tokens)
             plain = recorder.last_hidden()  # (L, L + 1, D)
             deltas = torch.zeros_like(plain)

@@ -1,0 +1,105 @@
+"""Filters and penalties against plain arithmetic, and draws against the distribution."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from server.engine.sampling import adjusted, draw, filtered_probs, logprobs, sample
+from server.engine.sequences import ActiveRequest, Sequence
+from server.engine.types import EngineInputs, EngineRequest, SamplingParams
+from steering.plan import SteeringPlan
+from tests.tiny_models import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+def row(generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **params: Any) -> Sequence:
+    inputs = EngineInputs(prompt, {}, torch.zeros(1, len(prompt)), len(prompt))
+    request = EngineRequest(
+        "r", inputs, SamplingParams(**({"max_tokens": 9} | params)), SteeringPlan(), None, print
+    )
+    sequence = Sequence(ActiveRequest(request), 0, TOKENIZER)
+    sequence.token_ids = list(generated)
+    return sequence
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+PROBS = [math.exp(x) / sum(math.exp(y) for y in (2, 1, 0, -1)) for x in (2, 1, 0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 1}, [0]),
+        ({"top_p": PROBS[0] - 0.01}, [0]),
+        ({"top_p": PROBS[0] + 0.01}, [0, 1]),
+        ({"top_p": PROBS[0] + PROBS[1] + 0.01}, [0, 1, 2]),
+        ({"top_p": 1e-9}, [0]),
+        ({"min_p": 0.3}, [0, 1]),
+        ({"min_p": 0.1, "top_k": 3}, [0, 1, 2]),
+        ({"top_k": 3, "top_p": 0.95}, [0, 1, 2]),
+        ({"top_k": 2, "top_p": 0.7}, [0]),
+    ],
+)
+def test_filters_keep_the_right_tokens(params: dict[str, Any], kept: list[int]) -> None:
+    (probs,) = filtered_probs(LOGITS, [row(**params)])
+    assert probs.nonzero()[:, 0].tolist() == kept
+    expected = torch.tensor([PROBS[i] if i in kept else 0.0 for i in range(4)])
+    torch.testing.assert_close(probs, expected)
+
+
+def test_each_row_has_its_own_filters_and_temperature() -> None:
+    rows = [row(top_k=1), row(temperature=2.0), row(min_p=0.3)]
+    probs = filtered_probs(LOGITS.expand(3, -1), rows)
+    assert (probs > 0).sum(dim=-1).tolist() == [1, 4, 2]
+    torch.testing.assert_close(probs[1], torch.softmax(LOGITS[0] / 2, dim=-1))
+
+
+def test_penalties_follow_openai_and_count_answer_tokens_only() -> None:
+    penalised = row((1, 1, 2), prompt=(3, 3), presence_penalty=0.5, frequency_penalty=0.25)
+    (logits,) = adjusted(LOGITS, [penalised])
+    expected = [2.0, 1.0 - 0.5 - 2 * 0.25, 0.0 - 0.5 - 0.25, -1.0]
+    torch.testing.assert_close(logits, torch.tensor(expected))
+
+
+def test_repetition_penalty_counts_the_prompt_and_moves_both_signs_down() -> None:
+    (logits,) = adjusted(LOGITS, [row((0,), prompt=(3,), repetition_penalty=2.0)])
+    torch.testing.assert_close(logits, torch.tensor([1.0, 1.0, 0.0, -2.0]))
+
+
+def test_logit_bias_decides_a_greedy_choice_and_leaves_the_logits_alone() -> None:
+    logits = LOGITS.expand(2, -1).clone()
+    rows = [row(temperature=0.0, logit_bias={3: 100.0}), row(temperature=0.0)]
+    assert sample(logits, rows) == [3, 0]
+    assert torch.equal(logits, LOGITS.expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("uniform", "token"), [(0.0, 1), (0.249, 1), (0.25, 3), (0.999999999999, 3)]
+)
+def test_a_draw_inverts_the_cumulative_distribution(uniform: float, token: int) -> None:
+    """Tokens of no mass are never drawn, at neither end."""
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    assert draw(probs, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
+
+
+def test_draws_follow_the_distribution() -> None:
+    rows = [row(temperature=1.0, seed=seed) for seed in range(4000)]
+    drawn = torch.tensor(sample(LOGITS.expand(len(rows), -1), rows))
+    for token, expected in enumerate(PROBS):
+        share = float((drawn == token).float().mean())
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / len(rows))
+
+
+def test_logprobs_are_of_the_unadjusted_distribution() -> None:
+    rows = [row(top_logprobs=2, logit_bias={3: 100.0}), row(), row(top_logprobs=0)]
+    first, none, alone = logprobs(LOGITS.expand(3, -1), rows, [3, 0, 1], TOKENIZER)
+    assert first is not None and none is None and alone is not None
+    assert first.logprob == pytest.approx(math.log(PROBS[3]), abs=1e-5)
+    assert [top.token_id for top in first.top] == [0, 1]
+    assert first.top[1].logprob == pytest.approx(math.log(PROBS[1]), abs=1e-5)
+    assert (alone.token_id, alone.top) == (1, ())
