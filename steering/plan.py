@@ -6,7 +6,7 @@ tensors (methods.py).
 
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from steering.errors import PlanError
@@ -23,13 +23,21 @@ class Schedule:
 
     kind `all`: layer l subtracts its own Delta_l. kind `incremental`: Delta_l - Delta_{l-1},
     with Delta_{-1} = 0, because the residual stream still carries what the layer below
-    subtracted. `first` and `last` (0-based, inclusive; None: no bound) restrict either kind;
-    outside them nothing is subtracted.
+    subtracted. `first` and `last` (0-based, inclusive; both None: every layer) restrict either
+    kind; outside them nothing is subtracted. Raises PlanError for bounds that are no range.
     """
 
     kind: Literal["all", "incremental"] = "all"
     first: int | None = None
     last: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.first is None) != (self.last is None):
+            raise PlanError("a schedule has a first and a last layer, or neither")
+        if self.first is not None and self.last is not None and not 0 <= self.first <= self.last:
+            raise PlanError(
+                f"schedule layers {self.first} to {self.last}: must satisfy 0 <= first <= last"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -39,26 +47,20 @@ class Schedule:
         """
         name, _, bounds = text.partition(":")
         try:
-            if name in ("all", "incremental") and not bounds:
-                return cls(kind="all" if name == "all" else "incremental")
+            if text in ("all", "incremental"):
+                return cls(kind="all" if text == "all" else "incremental")
             if name == "single":
-                layer = int(bounds)
-                return cls(first=layer, last=layer).validated(text)
+                return cls(first=int(bounds), last=int(bounds))
             if name in ("range", "incremental"):
                 first, last = (int(part) for part in bounds.split("-"))
                 kind: Literal["all", "incremental"] = "all" if name == "range" else "incremental"
-                return cls(kind=kind, first=first, last=last).validated(text)
+                return cls(kind=kind, first=first, last=last)
         except ValueError:
             pass
         raise PlanError(
             f"schedule {text!r} is not one of: all, incremental, range:a-b, single:l, "
             "incremental:a-b (0-based layers, both ends included)"
         )
-
-    def validated(self, text: str) -> "Schedule":
-        if self.first is not None and self.last is not None and not 0 <= self.first <= self.last:
-            raise PlanError(f"schedule {text!r}: layers must satisfy 0 <= first <= last")
-        return self
 
     def layers(self, num_layers: int) -> range:
         """The layers that subtract in a model of `num_layers`. Raises PlanError beyond them."""
@@ -100,6 +102,8 @@ class SteeringPlan:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise PlanError(f"alpha {self.alpha} is not a finite number >= 0")
+        if not self.max_relative_dose > 0:  # NaN would be no cap at all
+            raise PlanError(f"max_relative_dose {self.max_relative_dose} is not above 0")
         if (self.reason is None) != self.is_active:
             raise PlanError(f"plan {self.mode}/{self.alpha}: reason {self.reason!r} contradicts it")
         if self.is_active and self.vector_id is None:
@@ -115,5 +119,6 @@ class SteeringPlan:
         """sha256 of everything that changes the output; equal for every spelling of nothing."""
         if not self.is_active:
             return hashlib.sha256(b"unsteered").hexdigest()
-        values = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "revision"]
+        plan = replace(self, alpha=float(self.alpha))
+        values = [f"{f.name}={getattr(plan, f.name)}" for f in fields(plan) if f.name != "revision"]
         return hashlib.sha256("; ".join(values).encode()).hexdigest()
