@@ -93,7 +93,6 @@ class EmbeddedEngine:
     """Implements `server.engine.api.Engine` on a Hugging Face model."""
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
-        self.identity = loaded.identity
         self._model: Any = loaded.model
         self._identity = loaded.identity
         self._tokenizer = loaded.processor.tokenizer
