@@ -13,7 +13,7 @@ TORCH ?= torch
 .PHONY: demo test check format setup clean
 
 demo: setup
-	@$(BIN)/deshift demo --port $(PORT) $(if $(ONCE),--once)
+	@DESHIFT_CACHE=$${DESHIFT_CACHE:-.deshift} $(BIN)/deshift demo --port $(PORT) $(if $(ONCE),--once)
 
 test: setup
 	$(BIN)/pytest $(if $(FAST),-m "not slow") $(ARGS)

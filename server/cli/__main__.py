@@ -1,0 +1,5 @@
+"""`python -m server.cli`, the same as `deshift`."""
+
+from server.cli.main import app
+
+app()

@@ -1,0 +1,86 @@
+"""`deshift demo`: build the demonstration model, serve it, show what steering does."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+
+from server.config import Settings
+from server.demo import cases, show
+from server.errors import ServerError
+from server.process import ChildError, child_server, end_of_log, is_port_free
+from steering.errors import SteeringError
+
+HOST = "127.0.0.1"
+WIDTH = 120  # where no terminal says its own
+
+
+def demo(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 8000,
+    once: Annotated[bool, typer.Option("--once", help="End after the table.")] = False,
+) -> None:
+    """Build the demonstration model, serve it and show a harmful and a harmless question.
+
+    The server is the real one, a child process; the table holds its answers to real requests.
+    """
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    signal.signal(signal.SIGTERM, _end)  # so that a killed demonstration ends its server too
+    try:
+        if not is_port_free(port, HOST):
+            raise cases.DemoError(
+                f"port {port} is taken: choose another, `make demo PORT={port + 1}` "
+                f"or `deshift demo --port {port + 1}`"
+            )
+        _serve_and_show(console, port, once)
+    except KeyboardInterrupt:
+        console.print("\nThe server has ended.")
+    except (ChildError, ServerError, SteeringError, httpx.HTTPError) as error:
+        console.print(f"deshift demo: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+
+
+def _serve_and_show(console: Console, port: int, once: bool) -> None:
+    from server.demo import setup  # torch: seconds
+
+    cache = Settings.from_env().cache
+    url = f"http://{HOST}:{port}"
+    log = cache / "demo-server.log"
+    start = time.monotonic()
+    console.print(f"Building the demonstration model in {cache} (half a minute the first time)")
+    variables = setup.prepare(cache)
+    console.print(f"Starting the server (its log: {log})")
+    command = [sys.executable, "-m", "server.cli", "serve", "--host", HOST, "--port", str(port)]
+    with child_server(command, ready_url=f"{url}/ready", log=log, env=variables) as process:
+        console.print(f"Ready after {time.monotonic() - start:.0f} s; asking")
+        every = cases.cases()
+        with httpx.Client(base_url=url, timeout=120.0, trust_env=False) as client:
+            rows = [cases.ask(client, case, cases.MODEL_NAME) for case in every]
+        console.print(show.table(rows))
+        if once:
+            return
+        folder = _short(cache / "demo")
+        print(show.next_steps(url, folder, cases.photograph(), every[2]), flush=True)
+        _wait(process, log)
+
+
+def _wait(process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until Ctrl-C. Raises ChildError when the server ends by itself."""
+    status = process.wait()
+    raise ChildError(f"the server ended with status {status}. Its last words:\n{end_of_log(log)}")
+
+
+def _short(path: Path) -> Path:
+    """Relative to the working directory where that is shorter to type."""
+    absolute = path.absolute()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
+
+
+def _end(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
