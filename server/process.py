@@ -4,6 +4,7 @@ Knows nothing of what they serve. For the commands only.
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -82,7 +83,7 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, timeout_s: fl
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ChildError(
-                    f"{process.args!r} ended with status {process.returncode} before {url} "
+                    f"{_shown(process)} ended with status {process.returncode} before {url} "
                     f"answered. The end of {log}:\n{end_of_log(log)}"
                 )
             try:
@@ -91,7 +92,13 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, timeout_s: fl
             except httpx.TransportError:
                 pass
             time.sleep(POLL_S)
-    raise ChildError(f"{url} did not answer 200 within {timeout_s:.0f} s:\n{end_of_log(log)}")
+    raise ChildError(
+        f"{url} did not answer 200 within {timeout_s:.0f} s. The end of {log}:\n{end_of_log(log)}"
+    )
+
+
+def _shown(process: "subprocess.Popen[bytes]") -> str:
+    return shlex.join(process.args) if isinstance(process.args, list) else str(process.args)
 
 
 def _end(process: "subprocess.Popen[bytes]", grace_s: float) -> None:

@@ -95,7 +95,7 @@ def _spread(value: Spread | None, scale: float, form: str) -> str:
     if value is None:
         return "-"
     median, low, high = (form.format(scale * v) for v in (value.median, value.low, value.high))
-    return f"{median} ({low} - {high})"
+    return f"{median} ({low}-{high})"
 
 
 def _tokens(row: Cell, max_tokens: int) -> str:

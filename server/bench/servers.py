@@ -22,7 +22,7 @@ def transformers_serve(model: Path, logs: Path, dtype: str) -> Iterator[Target]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     log = logs / "transformers-serve.log"
     with child_server(command, ready_url=f"{url}/health", log=log, env={"HF_HUB_OFFLINE": "1"}):
-        yield Target("transformers serve", url, model=str(model))
+        yield Target("transformers", url, model=str(model))
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def deshift_serve(model: Path, logs: Path, dtype: str) -> Iterator[Target]:
     """This server on a free loopback port, with the settings of the environment otherwise."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server.cli.main", "serve", "--model", str(model)]
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     with child_server(command, ready_url=f"{url}/ready", log=logs / "deshift-serve.log"):
         yield Target("deshift", url)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -20,6 +21,7 @@ from server.bench.target import BenchError, Target, resolved
 from server.process import ChildError
 
 LONGEST_ANSWER_S = 600.0
+WIDTH = 120  # where no terminal says its own
 
 
 def bench(
@@ -78,7 +80,7 @@ def bench(
     that know `ignore_eos` (or, as `transformers serve`, a generation config) produce exactly
     --max-tokens tokens; for others the number they report is shown.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     load = Load(_image(image), max_tokens, seed)
     numbers = _numbers(streams)
     try:
