@@ -37,8 +37,8 @@ $(VENV)/.stamp: pyproject.toml deploy/constraints.txt
 	  echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): torch, then the rest (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt $(TORCH)
-	@$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --constraint deploy/constraints.txt $(TORCH)
+	@$(BIN)/python -m pip install -qq --constraint deploy/constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:
