@@ -61,7 +61,7 @@ def create_app(
         app.include_router(module.router)
     for kind in ERRORS_WITH_A_STATUS:
         app.add_exception_handler(kind, _answer_error)
-    key = settings.api_key.get_secret_value() if settings.api_key else None
+    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)  # innermost
     app.add_middleware(ApiKey, key=key)
     app.add_middleware(RequestContext, in_flight=services.in_flight)

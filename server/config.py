@@ -132,7 +132,9 @@ class Settings(BaseModel):
     @field_validator("api_key")
     @classmethod
     def _usable_key(cls, key: SecretStr | None) -> SecretStr | None:
-        text = key.get_secret_value() if key else "x"
+        if key is None:
+            return None
+        text = key.get_secret_value()
         if not text or not text.isascii() or not text.isprintable() or " " in text:
             raise ValueError("must be printable ASCII without spaces, and not empty")
         return key

@@ -206,9 +206,9 @@ class StreamedAnswer:
 
     def opening(self) -> bytes:
         """The role of every choice, before any text."""
+        role = Delta(role="assistant", content="")
         return b"".join(
-            _frame(self._chunk(ChunkChoice(index=index, delta=_role_delta())))
-            for index in range(self._head.num_choices)
+            _frame(self._chunk(_choice(index, role))) for index in range(self._head.num_choices)
         )
 
     def frames(self, event: EngineEvent) -> bytes:
@@ -217,9 +217,7 @@ class StreamedAnswer:
             case TextEvent():
                 return self._release() + _frame(self._chunk(self._text_choice(event)))
             case ChoiceFinished():
-                choice = ChunkChoice(
-                    index=event.index, delta=Delta(), logprobs=None, finish_reason=event.reason
-                )
+                choice = _choice(event.index, Delta(), event.reason)
                 released, self._held = self._release(), self._chunk(choice)
                 return released
             case Finished():
@@ -227,12 +225,10 @@ class StreamedAnswer:
         return b""
 
     def _text_choice(self, event: TextEvent) -> ChunkChoice:
-        return ChunkChoice(
-            index=event.index,
-            delta=Delta(content=event.text),
-            logprobs=_logprobs(event.logprobs) if self._head.with_logprobs else None,
-            finish_reason=None,
-        )
+        choice = _choice(event.index, Delta(content=event.text))
+        if self._head.with_logprobs:
+            choice.logprobs = _logprobs(event.logprobs)
+        return choice
 
     def _closing(self, finished: Finished) -> bytes:
         report = self._head.report(finished)
@@ -261,8 +257,8 @@ class StreamedAnswer:
         return chunk
 
 
-def _role_delta() -> Delta:
-    return Delta(role="assistant", content="")
+def _choice(index: int, delta: Delta, reason: FinishReason | None = None) -> ChunkChoice:
+    return ChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)
 
 
 def _frame(chunk: ChatCompletionChunk) -> bytes:

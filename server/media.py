@@ -76,6 +76,8 @@ def data_url_bytes(url: str, max_bytes: int, name: str) -> bytes:
         raise _refused(name, "a data: URL must look like data:image/png;base64,...")
     if len(payload) // 4 * 3 - 2 > max_bytes:
         raise _refused(name, f"about {len(payload) // 4 * 3} bytes; the limit is {max_bytes} bytes")
+    if len(payload) % 4:
+        raise _refused(name, "the base64 is malformed (its length is no multiple of 4)")
     try:
         return binascii.a2b_base64(payload, strict_mode=True)
     except ValueError as error:  # binascii.Error, or a character that is not ASCII

@@ -84,7 +84,7 @@ def _log(scope: Scope, record: RequestRecord) -> None:
         "steering=%s seconds=%.3f",
         record.request_id,
         ascii(scope["method"])[1:-1],
-        ascii(scope["path"])[1:-1][:80],  # escaped: a path may hold CR and LF
+        ascii(scope["path"][:80]),  # quoted and escaped: a path may hold spaces, CR and LF
         record.status or CLIENT_LEFT_STATUS,
         record.prompt_tokens,
         record.completion_tokens,

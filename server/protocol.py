@@ -252,7 +252,7 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
         return ChatCompletionRequest.model_validate(honoured)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
-        param = _path(problem["loc"], honoured)
+        param = _path(problem, honoured)
         raise InvalidRequestError(f"{param}: {_message(problem)}", param=param) from None
 
 
@@ -267,21 +267,34 @@ def _parse_json(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
+    if b"\\ud" in body.lower():
+        _refuse_half_surrogates(data)
     return data
+
+
+def _refuse_half_surrogates(data: object) -> None:
+    """JSON can spell half a character, which is no text: no tokenizer or answer can hold it."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        message = "the body holds half of a surrogate pair (\\ud800 to \\udfff)"
+        raise InvalidRequestError(message, code="invalid_json") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _path(loc: tuple[int | str, ...], data: object) -> str:
+def _path(problem: Any, data: object) -> str:
     """`messages[0].content[1].image_url`: pydantic's location without its union tags."""
     path = ""
-    for position, step in enumerate(loc):
+    is_missing = problem["type"] == "missing"
+    for position, step in enumerate(problem["loc"], start=1):
+        is_last = position == len(problem["loc"])
         if isinstance(step, int):
             path += f"[{step}]"
             data = data[step] if isinstance(data, list) and step < len(data) else None
-        elif isinstance(data, dict) and (step in data or position == len(loc) - 1):
+        elif isinstance(data, dict) and (step in data or (is_missing and is_last)):
             path += f".{step}" if path else step
             data = data.get(step)
     return path or "body"
@@ -370,8 +383,8 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: int
     delta: Delta
-    logprobs: ChoiceLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: ChoiceLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
 
 
 class ChatCompletionChunk(BaseModel):

@@ -70,8 +70,6 @@ async def run(app: FastAPI, sock: socket.socket) -> None:
     """Run the lifespan around uvicorn, so that what it raises comes out here."""
     services: Services = app.state.services
     async with app.router.lifespan_context(app):
-        host, port = sock.getsockname()[:2]
-        log.info("serving %s on http://%s:%d", services.settings.model_name, host, port)
         await DrainingServer(app, services).serve(sockets=[sock])
 
 
@@ -95,6 +93,13 @@ class DrainingServer(uvicorn.Server):
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so: from here on signals are handled."""
+        await super().startup(sockets)
+        for sock in sockets or []:
+            host, port = sock.getsockname()[:2]
+            log.info("serving %s on http://%s:%d", self._services.settings.model_name, host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._services.in_flight.is_draining:

@@ -1,0 +1,414 @@
+"""POST /v1/chat/completions: what comes in reaches the engine, what it says comes out."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from server.engine.types import (
+    ChoiceFinished,
+    Failed,
+    Finished,
+    InputError,
+    NotAcceptingError,
+    PromptTooLongError,
+    QueueFullError,
+    SamplingParams,
+    TextEvent,
+    TokenLogprob,
+)
+from tests.server.fakes import TIMINGS, FakeEngine, chat_body, data_url, make_vectors, plays, says
+
+PATH = "/v1/chat/completions"
+
+
+def chunks_of(text: str) -> list[dict[str, Any]]:
+    """The JSON of every event but [DONE], which must be the last."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_an_answer_has_openais_shape(client: TestClient) -> None:
+    response = client.post(PATH, json=chat_body("Hi"))
+    body = response.json()
+    assert response.status_code == 200
+    assert body["object"] == "chat.completion" and body["model"] == "tiny"
+    assert body["id"].startswith("chatcmpl-")
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello there!", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+
+
+def test_a_text_prompt_is_never_steered_and_the_answer_says_so(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    response = client.post(PATH, json=chat_body("Hi"))
+    assert response.headers["x-deshift-steering"] == "mode=off; reason=text-only"
+    assert response.json()["steering"]["reason"] == "text-only"
+    assert fake_engine.requests[0].delta is None
+
+
+def test_an_image_prompt_is_steered_by_the_policy(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    response = client.post(PATH, json=chat_body("Hi", images=1))
+    vectors = make_vectors()
+    assert response.headers["x-deshift-steering"] == (
+        f"mode=dataset; alpha=0.5; schedule=all; vector={vectors.id}; revision=0"
+    )
+    assert response.json()["steering"] == {
+        "mode": "dataset",
+        "alpha": 0.5,
+        "method": "subtract",
+        "schedule": "all",
+        "vector": vectors.id,
+        "revision": 0,
+        "relative_dose": 0.075,  # 0.5 * 1.5 / 10 at the last layer
+        "overhead_ms": 0.5,
+        "reason": None,
+    }
+    delta = fake_engine.requests[0].delta
+    assert delta is not None and torch.equal(delta, 0.5 * vectors.mean)
+
+
+def test_an_image_in_an_earlier_turn_counts(client: TestClient) -> None:
+    body = chat_body("Look", images=1)
+    body["messages"] += [
+        {"role": "assistant", "content": "A picture."},
+        {"role": "user", "content": "And now?"},
+    ]
+    assert client.post(PATH, json=body).headers["x-deshift-steering"].startswith("mode=dataset")
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_stream_says_what_the_whole_answer_says(client: TestClient, include_usage: bool) -> None:
+    whole = client.post(PATH, json=chat_body("Hi", images=1, n=2)).json()
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    response = client.post(PATH, json=chat_body("Hi", images=1, n=2, stream=True, **options))
+    chunks = chunks_of(response.text)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    texts = ["", ""]
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert [c["choices"][0]["delta"].get("role") for c in chunks[:2]] == ["assistant"] * 2
+    reasons = [c["finish_reason"] for chunk in chunks for c in chunk["choices"]]
+    assert [reason for reason in reasons if reason] == ["stop", "stop"]
+    assert chunks[-1]["steering"] == whole["steering"]
+    assert not any("steering" in chunk for chunk in chunks[:-1])
+
+
+def test_include_usage_gives_null_in_each_chunk_and_one_more_without_choices(
+    client: TestClient,
+) -> None:
+    body = chat_body("Hi", stream=True, stream_options={"include_usage": True})
+    chunks = chunks_of(client.post(PATH, json=body).text)
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    without = chunks_of(client.post(PATH, json=chat_body("Hi", stream=True)).text)
+    assert not any("usage" in chunk for chunk in without)
+
+
+def test_a_stream_stays_ascii_so_that_no_client_splits_a_line(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    """U+2028 is a line end to Python's splitlines, and JSON may hold it as it is."""
+    fake_engine.script = says("a\u2028b", "é\n\nc")
+    response = client.post(PATH, json=chat_body(stream=True))
+    assert response.text.isascii()
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks_of(response.text))
+    assert text == "a\u2028bé\n\nc"
+
+
+def test_a_truncated_answer_ends_with_length(client: TestClient, fake_engine: FakeEngine) -> None:
+    fake_engine.script = says("x", reason="length")
+    body = client.post(PATH, json=chat_body(max_tokens=1)).json()
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+def test_every_sampling_field_reaches_the_engine(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    body = chat_body(
+        max_tokens=9,
+        max_completion_tokens=7,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        seed=-3,
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.1,
+        logit_bias={"5": -100, "7": 2.5},
+        stop=["a", "b"],
+        n=2,
+        ignore_eos=True,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    assert client.post(PATH, json=body).status_code == 200
+    assert fake_engine.requests[0].params == SamplingParams(
+        max_tokens=7,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        seed=-3,
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.1,
+        logit_bias={5: -100.0, 7: 2.5},
+        stop=("a", "b"),
+        ignore_eos=True,
+        n=2,
+        top_logprobs=3,
+    )
+
+
+def test_without_max_tokens_the_context_that_is_left_may_be_filled(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    client.post(PATH, json=chat_body("x" * 30))
+    assert fake_engine.requests[0].params == SamplingParams(max_tokens=70)
+
+
+def test_top_p_zero_is_greedy_and_top_k_minus_one_is_off(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    client.post(PATH, json=chat_body(top_p=0, top_k=-1, temperature=1.5))
+    params = fake_engine.requests[0].params
+    assert (params.temperature, params.top_p, params.top_k) == (0.0, 1.0, 0)
+
+
+def test_messages_reach_the_engine_as_parts_with_their_images_in_order(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    body = chat_body()
+    body["messages"] = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "See"}, _image("red")]},
+        {"role": "assistant", "content": None, "refusal": "No."},
+        {"role": "user", "content": [_image("blue"), {"type": "text", "text": "this?"}]},
+    ]
+    assert client.post(PATH, json=body).status_code == 200
+    messages, images = fake_engine.prompts[0]
+    assert list(messages) == [
+        {"role": "system", "content": [{"type": "text", "text": "Be kind."}]},
+        {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "this?"}]},
+    ]
+    assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
+
+
+def _image(colour: str) -> dict[str, Any]:
+    from tests.server.fakes import image_bytes
+
+    url = data_url(image_bytes(colour=colour))
+    return {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_come_with_bytes_and_alternatives(
+    client: TestClient, fake_engine: FakeEngine, stream: bool
+) -> None:
+    top = (TokenLogprob(1, "é", "é".encode(), -0.5), TokenLogprob(2, "b", b"b", -math.inf))
+    token = TokenLogprob(1, "é", "é".encode(), -0.5, top)
+    fake_engine.script = plays(
+        TextEvent(0, "é", (token,)), ChoiceFinished(0, "stop"), Finished(1, 1, TIMINGS)
+    )
+    response = client.post(PATH, json=chat_body(logprobs=True, top_logprobs=2, stream=stream))
+    choice = (chunks_of(response.text)[1] if stream else response.json())["choices"][0]
+    assert choice["logprobs"]["content"] == [
+        {
+            "token": "é",
+            "logprob": -0.5,
+            "bytes": [195, 169],
+            "top_logprobs": [
+                {"token": "é", "logprob": -0.5, "bytes": [195, 169]},
+                {"token": "b", "logprob": -9999.0, "bytes": [98]},
+            ],
+        }
+    ]
+
+
+# ------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (PromptTooLongError("150 tokens; the limit is 100"), 400, "context_length_exceeded"),
+        (QueueFullError("full"), 429, "queue_full"),
+        (NotAcceptingError("no"), 503, "service_unavailable"),
+        (InputError("bad"), 400, None),
+    ],
+)
+def test_what_the_engine_refuses_has_its_status(
+    client: TestClient,
+    fake_engine: FakeEngine,
+    error: Any,
+    status: int,
+    code: str | None,
+    stream: bool,
+) -> None:
+    fake_engine.refusal = error
+    response = client.post(PATH, json=chat_body(stream=stream))
+    assert response.status_code == status
+    assert response.json()["error"]["message"] == str(error)
+    assert response.json()["error"]["code"] == code
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("kind", "status"), [("timeout", 408), ("draining", 503), ("engine", 500)])
+def test_a_failure_before_the_first_token_is_a_status_also_of_a_stream(
+    client: TestClient, fake_engine: FakeEngine, kind: Any, status: int, stream: bool
+) -> None:
+    fake_engine.script = plays(Failed(kind, "why"))
+    response = client.post(PATH, json=chat_body(stream=stream))
+    assert response.status_code == status
+    assert response.json() == {
+        "error": {
+            "message": "why",
+            "type": "server_error",
+            "param": None,
+            "code": f"generation_{kind}",
+        }
+    }
+
+
+def test_a_failure_in_mid_stream_is_an_error_event_and_the_end(
+    client: TestClient, fake_engine: FakeEngine
+) -> None:
+    fake_engine.script = plays(TextEvent(0, "Hel"), Failed("engine", "broken"))
+    response = client.post(PATH, json=chat_body(stream=True))
+    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert json.loads(events[-2])["choices"][0]["delta"]["content"] == "Hel"
+    assert json.loads(events[-1])["error"]["message"] == "broken"
+    assert client.post(PATH, json=chat_body()).status_code == 500
+
+
+def test_an_unforeseen_error_is_a_500_that_gives_nothing_away(
+    client: TestClient, fake_engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_engine.prepare_error = RuntimeError("secret detail")
+    response = client.post(PATH, json=chat_body())
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert response.json()["error"]["type"] == "server_error"
+    assert response.headers["x-request-id"] in caplog.text
+    fake_engine.prepare_error = None
+    assert client.post(PATH, json=chat_body()).status_code == 200
+
+
+def test_an_unknown_model_is_a_404(client: TestClient) -> None:
+    response = client.post(PATH, json=chat_body() | {"model": "gpt-4o"})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_more_requests_than_the_engine_holds_are_refused_before_their_images_are_decoded(
+    client_for: Callable[..., TestClient], fake_engine: FakeEngine
+) -> None:
+    client = client_for(max_rows=1, max_queue=1)
+    client.app.state.services.in_flight.count = 2  # type: ignore[attr-defined]
+    response = client.post(PATH, json=chat_body(images=1))
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert not fake_engine.prompts
+
+
+# ------------------------------------------------------------------------------------- steering
+
+
+def test_a_client_cannot_weaken_the_steering(client: TestClient, fake_engine: FakeEngine) -> None:
+    """Peers take the scale from the body; here alpha 0 is refused, and nothing is served."""
+    for steering in ({"alpha": 0}, {"mode": "off"}, {"alpha": 0.4}, {"schedule": "single:0"}):
+        response = client.post(PATH, json=chat_body(images=1, steering=steering))
+        assert response.status_code == 403
+        assert "client_override" in response.json()["error"]["message"]
+    assert not fake_engine.requests
+
+
+@pytest.mark.parametrize("steering", [None, {}, {"alpha": None}, {"alpha": 0.5, "mode": "dataset"}])
+def test_an_override_that_changes_nothing_is_fine(client: TestClient, steering: Any) -> None:
+    response = client.post(PATH, json=chat_body(images=1, steering=steering))
+    assert "alpha=0.5" in response.headers["x-deshift-steering"]
+
+
+def test_where_any_override_is_allowed_alpha_is_the_clients(
+    client_for: Callable[..., TestClient], fake_engine: FakeEngine
+) -> None:
+    client = client_for(client_override="any")
+    body = chat_body(images=1, steering={"alpha": 1.5, "schedule": "incremental"})
+    response = client.post(PATH, json=body)
+    assert "alpha=1.5; schedule=incremental" in response.headers["x-deshift-steering"]
+    off = client.post(PATH, json=chat_body(images=1, steering={"mode": "off"}))
+    assert off.headers["x-deshift-steering"] == "mode=off; reason=disabled"
+    zero = client.post(PATH, json=chat_body(images=1, steering={"alpha": 0}))
+    assert zero.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero"
+    assert [request.delta is None for request in fake_engine.requests] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("steering", "words"),
+    [
+        ({"alpha": 2.5}, ["2.5", "0..2"]),
+        ({"alpha": -1}, ["greater than or equal to 0"]),
+        ({"schedule": "single:3"}, ["layer 3", "has 3"]),
+        ({"schedule": "sometimes"}, ["sometimes", "incremental"]),
+        ({"mode": "sample"}, ["'off'"]),
+        ({"alfa": 1}, ["not supported"]),
+        ("off", ["object"]),
+        ({"alpha": True}, ["number"]),
+    ],
+)
+def test_a_malformed_override_is_a_400(
+    client_for: Callable[..., TestClient], steering: Any, words: list[str]
+) -> None:
+    client = client_for(client_override="any")
+    response = client.post(PATH, json=chat_body(images=1, steering=steering))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("steering")
+    for word in words:
+        assert word in response.json()["error"]["message"]
+
+
+def test_a_dose_over_the_cap_is_a_400_with_the_numbers(
+    client_for: Callable[..., TestClient], fake_engine: FakeEngine
+) -> None:
+    client = client_for(client_override="any", max_relative_dose=0.1)
+    response = client.post(PATH, json=chat_body(images=1, steering={"alpha": 1.0}))
+    assert response.status_code == 400
+    assert "0.150" in response.json()["error"]["message"]  # 1.0 * 1.5 / 10
+    assert not fake_engine.requests
+
+
+def test_without_vectors_image_requests_are_refused_and_text_is_served(
+    client_for: Callable[..., TestClient], fake_engine: FakeEngine
+) -> None:
+    """Fail closed: a steered server never answers about an image unsteered instead."""
+    client = client_for(vector_alias="missing")
+    response = client.post(PATH, json=chat_body(images=1))
+    assert response.status_code == 503
+    assert "missing" in response.json()["error"]["message"]
+    assert not fake_engine.requests
+    assert client.post(PATH, json=chat_body()).status_code == 200
+    assert client.get("/ready").status_code == 503

@@ -1,0 +1,106 @@
+"""The factory with nothing faked: a checkpoint on disk, a store file, the embedded engine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.app import create_app
+from server.config import Settings
+from server.errors import ServerError
+from steering.models import ModelIdentity
+from steering.stores import open_store
+from tests.server.fakes import chat_body, make_identity, make_vectors
+from tests.tiny_models import TinyModel
+
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llava: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava.save(tmp_path_factory.mktemp("llava"))
+
+
+def settings_for(checkpoint: Path, tmp_path: Path, **changes: object) -> Settings:
+    values = {
+        "model": str(checkpoint),
+        "served_model_name": "tiny",
+        "dtype": "float32",
+        "device": "cpu",
+        "max_rows": 2,
+        "cache": tmp_path,
+        "drain_timeout_s": 5.0,
+        "alpha": 0.5,
+    }
+    return Settings.from_env({}, {**values, **changes})
+
+
+def publish(settings: Settings, identity: ModelIdentity) -> str:
+    store = open_store(settings.store_url)
+    vector_id = store.put_vectors(make_vectors(identity=identity).to_bytes())
+    store.set_alias("default", vector_id)
+    store.close()
+    return vector_id
+
+
+@pytest.fixture
+def real(checkpoint: Path, tmp_path: Path) -> Iterator[TestClient]:
+    """A server of the tiny model, steered by vectors in a store file that was there before it."""
+    settings = settings_for(checkpoint, tmp_path)
+    app = create_app(settings)
+    publish(settings, app.state.services.engine.identity)
+    with TestClient(app) as client:
+        yield client
+
+
+def test_a_picture_goes_in_and_a_steered_answer_comes_out(real: TestClient) -> None:
+    assert real.get("/ready").status_code == 200, real.get("/ready").json()
+    body = chat_body("What is it?", images=1, temperature=0, max_tokens=5, ignore_eos=True)
+    whole = real.post(PATH, json=body)
+    assert whole.status_code == 200, whole.text
+    assert "mode=dataset; alpha=0.5" in whole.headers["x-deshift-steering"]
+    assert whole.json()["usage"]["completion_tokens"] == 5
+    assert whole.json()["choices"][0]["finish_reason"] == "length"
+    # This server is on loopback without a key: a newcomer may try alpha by hand.
+    off = real.post(PATH, json=body | {"steering": {"alpha": 0}})
+    assert off.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero"
+    assert real.post(PATH, json=body | {"stream": True}).text.endswith("data: [DONE]\n\n")
+
+
+def test_a_request_that_can_never_fit_names_both_lengths(real: TestClient) -> None:
+    limit = real.app.state.services.engine.max_model_len  # type: ignore[attr-defined]
+    response = real.post(PATH, json=chat_body("Hi", max_tokens=limit))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded" and str(limit) in error["message"]
+
+
+def test_an_unknown_token_in_logit_bias_harms_nobody_else(real: TestClient) -> None:
+    """It made the sampler raise on the engine thread, and with it every later request fail."""
+    response = real.post(PATH, json=chat_body(max_tokens=2, logit_bias={"999999999": 1}))
+    assert response.status_code == 400
+    assert real.post(PATH, json=chat_body(max_tokens=2)).status_code == 200
+
+
+def test_vectors_for_another_model_leave_the_server_up_and_not_ready(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = settings_for(checkpoint, tmp_path)
+    publish(settings, make_identity())
+    with TestClient(create_app(settings)) as client:
+        ready = client.get("/ready")
+        assert ready.status_code == 503
+        assert "does not fit" in ready.json()["steering"]["problem"]
+        assert client.post(PATH, json=chat_body(images=1)).status_code == 503
+        assert client.post(PATH, json=chat_body(max_tokens=1)).status_code == 200
+
+
+def test_the_context_is_at_most_the_models_own(checkpoint: Path, tmp_path: Path) -> None:
+    app = create_app(settings_for(checkpoint, tmp_path, max_model_len=10**9, steering_mode="off"))
+    assert app.state.services.engine.max_model_len < 10**6
+
+
+def test_without_a_model_there_is_nothing_to_build(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="DESHIFT_MODEL"):
+        create_app(Settings(cache=tmp_path))

@@ -1,0 +1,264 @@
+"""A server on a real socket: clients that leave, draining, startup that fails."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.engine.types import EngineError, TextEvent
+from server.errors import ServerError, StartupError
+from server.serve import listening_socket, serve
+from steering.stores import MemoryStore
+from tests.server.conftest import LiveServer, live_server, make_settings, wait_until
+from tests.server.fakes import FakeEngine, chat_body, plays, says
+
+PATH = "/v1/chat/completions"
+ROOT = Path(__file__).parent.parent.parent
+
+
+def send(live: LiveServer, body: dict[str, Any]) -> socket.socket:
+    """Post a request by hand and leave its connection open."""
+    content = json.dumps(body).encode()
+    connection = live.connect()
+    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(
+    live: LiveServer, fake_engine: FakeEngine, stream: bool
+) -> None:
+    """Generation must not go on for nobody."""
+    fake_engine.script = plays(TextEvent(0, "Hel"), threading.Event())  # and then for ever
+    connection = send(live, chat_body(stream=stream))
+    if stream:
+        received = b""
+        while b"Hel" not in received:
+            received += connection.recv(1000)
+    wait_until(lambda: fake_engine.num_running == 1)
+    connection.close()
+    wait_until(lambda: fake_engine.num_running == 0)
+    assert fake_engine.cancelled == [fake_engine.requests[0].request_id]
+    wait_until(lambda: live.services.in_flight.count == 0)
+    fake_engine.script = says("again")
+    assert httpx.post(live.url + PATH, json=chat_body()).status_code == 200
+
+
+def test_a_client_that_leaves_before_the_first_token_frees_its_row(
+    live: LiveServer, fake_engine: FakeEngine
+) -> None:
+    fake_engine.script = plays(threading.Event())
+    connection = send(live, chat_body(stream=True))
+    wait_until(lambda: fake_engine.num_running == 1)
+    connection.close()
+    wait_until(lambda: live.services.in_flight.count == 0 and fake_engine.num_running == 0)
+
+
+def test_a_finished_request_is_not_cancelled(live: LiveServer, fake_engine: FakeEngine) -> None:
+    for stream in (True, False):
+        httpx.post(live.url + PATH, json=chat_body(stream=stream))
+    assert not fake_engine.cancelled
+
+
+def test_tokens_arrive_as_they_are_made(live: LiveServer, fake_engine: FakeEngine) -> None:
+    gate = threading.Event()
+    fake_engine.script = plays(TextEvent(0, "first"), gate, *says("second")(_one_choice()))
+    with httpx.stream("POST", live.url + PATH, json=chat_body(stream=True)) as response:
+        lines = response.iter_lines()
+        seen = ""
+        while "first" not in seen:
+            seen = next(lines)
+        gate.set()
+        assert any("second" in line for line in lines)
+
+
+def _one_choice() -> Any:
+    from types import SimpleNamespace
+
+    return SimpleNamespace(params=SimpleNamespace(n=1), inputs=SimpleNamespace(token_ids=(1, 2, 3)))
+
+
+def test_nothing_is_lost_between_a_fast_engine_and_a_slow_reader(
+    live: LiveServer, fake_engine: FakeEngine
+) -> None:
+    pieces = [f"{number} " for number in range(3000)]
+    fake_engine.script = says(*pieces)
+    text = ""
+    with httpx.stream("POST", live.url + PATH, json=chat_body(stream=True)) as response:
+        for number, line in enumerate(response.iter_lines()):
+            if number % 500 == 0:
+                time.sleep(0.01)
+            if line.startswith("data: {"):
+                choices = json.loads(line.removeprefix("data: "))["choices"]
+                text += choices[0]["delta"].get("content", "")
+    assert text == "".join(pieces)
+
+
+def test_draining_finishes_streams_refuses_new_requests_and_stops(
+    fake_engine: FakeEngine, store: MemoryStore
+) -> None:
+    gate = threading.Event()
+    with live_server(fake_engine, store) as live:
+        fake_engine.script = plays(TextEvent(0, "early"), gate, *says("late")(_one_choice()))
+        with httpx.stream("POST", live.url + PATH, json=chat_body(stream=True)) as response:
+            lines = response.iter_lines()
+            next(lines)
+            live.signal(signal.SIGTERM)
+            wait_until(lambda: fake_engine.state == "draining")
+            refused = httpx.post(live.url + PATH, json=chat_body())
+            assert refused.status_code == 503 and "retry-after" in refused.headers
+            assert refused.json()["error"]["code"] == "service_unavailable"
+            assert httpx.get(live.url + "/ready").status_code == 503
+            assert httpx.get(live.url + "/health").status_code == 200
+            gate.set()
+            rest = list(lines)
+            assert any("late" in line for line in rest) and "data: [DONE]" in rest
+        live.join()
+    assert fake_engine.state == "stopped" and not fake_engine.cancelled
+
+
+def test_draining_ends_after_its_timeout_and_tells_those_it_cuts_off(
+    fake_engine: FakeEngine, store: MemoryStore
+) -> None:
+    with live_server(fake_engine, store, drain_timeout_s=0.1) as live:
+        fake_engine.script = plays(TextEvent(0, "early"), threading.Event())
+        with httpx.stream("POST", live.url + PATH, json=chat_body(stream=True)) as response:
+            lines = response.iter_lines()
+            next(lines)
+            live.signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+            assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == (
+                "generation_draining"
+            )
+        live.join()
+
+
+def test_a_body_that_never_comes_is_a_408(fake_engine: FakeEngine, store: MemoryStore) -> None:
+    with live_server(fake_engine, store, request_timeout_s=0.05) as live:
+        connection = live.connect()
+        connection.sendall(
+            f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            "content-length: 10\r\n\r\n{".encode()
+        )
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+        connection.close()
+
+
+def test_a_large_body_is_refused_while_it_is_being_sent(
+    fake_engine: FakeEngine, store: MemoryStore
+) -> None:
+    with live_server(fake_engine, store, max_body_bytes=100_000) as live:
+        connection = live.connect()
+        connection.sendall(
+            f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            "transfer-encoding: chunked\r\n\r\n".encode()
+        )
+        chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
+        for _ in range(4):
+            connection.sendall(chunk)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+        connection.close()
+        assert httpx.post(live.url + PATH, json=chat_body()).status_code == 200
+
+
+# -------------------------------------------------------------------------------------- startup
+
+
+def test_a_taken_port_is_named_before_a_model_is_loaded() -> None:
+    with listening_socket(make_settings()) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*--port"):
+            listening_socket(make_settings(port=port))
+
+
+def test_a_host_that_is_not_ours_is_named() -> None:
+    with pytest.raises(StartupError, match="no.such.host.invalid:0"):
+        listening_socket(make_settings(host="no.such.host.invalid", api_key="k"))
+
+
+def test_startup_failures_are_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "DESHIFT_MODEL"),
+        ({"model": str(tmp_path / "none")}, "none"),
+        ({"store": "ftp://x"}, "ftp://x"),
+    ]
+    for changes, word in cases:
+        assert serve(make_settings(**changes)) == 1
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1 and error.startswith("deshift: ")
+
+
+def test_an_engine_that_does_not_start_stops_the_server(
+    fake_engine: FakeEngine, store: MemoryStore
+) -> None:
+    """The canary's message must come out as it is, not as a traceback in uvicorn's log."""
+    import asyncio
+
+    from server.app import create_app
+    from server.serve import run
+
+    fake_engine.start_error = EngineError("the canary failed at layer 3")
+    app = create_app(make_settings(), engine=fake_engine, store=store)
+    with (
+        listening_socket(make_settings()) as sock,
+        pytest.raises(EngineError, match="canary failed at layer 3"),
+    ):
+        asyncio.run(run(app, sock))
+    assert fake_engine.state == "stopped"
+
+
+def test_no_model_is_a_clear_error() -> None:
+    from server.app import build_engine
+
+    with pytest.raises(ServerError, match="--model"):
+        build_engine(make_settings())
+
+
+SCRIPT = """
+import asyncio, sys
+from server.app import create_app
+from server.serve import configure_logging, listening_socket, run
+from steering.stores import MemoryStore
+from tests.server.conftest import make_settings
+from tests.server.fakes import FakeEngine
+settings = make_settings(vector_alias="none")
+configure_logging()
+with listening_socket(settings) as sock:
+    asyncio.run(run(create_app(settings, engine=FakeEngine(), store=MemoryStore()), sock))
+print("stopped cleanly")
+"""
+
+
+def test_sigterm_stops_the_process_with_exit_code_zero() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if "serving tiny on http://127.0.0.1:" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "stopped cleanly\n")
+    assert "Traceback" not in error

@@ -1,0 +1,163 @@
+"""The vectors in force follow the alias, and the last good set survives whatever happens to it."""
+
+import asyncio
+import logging
+
+import pytest
+import torch
+
+from server.policy import Override, Policy, decide
+from server.vectors import VectorCatalogue
+from steering.errors import PlanError, StoreError
+from steering.stores import MemoryStore
+from tests.server.conftest import make_settings
+from tests.server.fakes import make_identity, make_vectors
+
+
+class BreakableStore(MemoryStore):
+    """A store that can fail, lie about a blob, or raise what no store should."""
+
+    error: Exception | None = None
+    blob: bytes | None = None
+
+    def aliases(self) -> dict[str, str]:
+        if self.error is not None:
+            raise self.error
+        return super().aliases()
+
+    def get_vectors(self, vector_id: str) -> bytes:
+        return self.blob if self.blob is not None else super().get_vectors(vector_id)
+
+
+@pytest.fixture
+def store() -> BreakableStore:
+    return BreakableStore()
+
+
+def publish(store: MemoryStore, length: float = 0.5, **identity: object) -> str:
+    vectors = make_vectors(length, make_identity(**identity))
+    vector_id = store.put_vectors(vectors.to_bytes())
+    store.set_alias("default", vector_id)
+    return vector_id
+
+
+def make_catalogue(store: MemoryStore, **settings: object) -> VectorCatalogue:
+    policy = Policy.from_settings(make_settings(**settings))
+    return VectorCatalogue(store, policy, make_identity())
+
+
+def active_id(catalogue: VectorCatalogue) -> str | None:
+    return catalogue.active.id if catalogue.active else None
+
+
+def test_an_activated_set_is_taken_up_and_a_switch_followed(store: BreakableStore) -> None:
+    catalogue = make_catalogue(store)
+    catalogue.refresh()
+    assert active_id(catalogue) is None and not catalogue.is_ready
+    assert "no alias 'default'" in str(catalogue.problem)
+    first = publish(store)
+    catalogue.refresh()
+    assert (active_id(catalogue), catalogue.problem) == (first, None)
+    second = publish(store, 0.25)
+    catalogue.refresh()
+    assert active_id(catalogue) == second != first
+
+
+def test_steering_off_is_ready_without_vectors(store: BreakableStore) -> None:
+    catalogue = make_catalogue(store, steering_mode="off")
+    catalogue.refresh()
+    assert catalogue.is_ready
+
+
+def test_a_set_for_another_model_is_refused_and_the_last_good_one_stays(
+    store: BreakableStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalogue = make_catalogue(store)
+    good = publish(store)
+    catalogue.refresh()
+    publish(store, weights_digest="e" * 64)
+    catalogue.refresh()
+    catalogue.refresh()
+    assert active_id(catalogue) == good and catalogue.is_ready
+    assert "does not fit" in str(catalogue.problem)
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1 and good in warnings[0].getMessage()
+
+
+def test_a_damaged_set_a_lost_alias_and_a_failing_store_keep_the_last_good_one(
+    store: BreakableStore,
+) -> None:
+    catalogue = make_catalogue(store)
+    good = publish(store)
+    catalogue.refresh()
+    publish(store, 0.25)
+    store.blob = b"\x00" * 100
+    catalogue.refresh()
+    assert active_id(catalogue) == good and "digest" in str(catalogue.problem)
+    store.error = StoreError("disk full of bees")
+    catalogue.refresh()
+    assert active_id(catalogue) == good and catalogue.problem == "disk full of bees"
+    store.error, store.blob = None, None
+    catalogue.refresh()
+    assert active_id(catalogue) != good and catalogue.problem is None
+
+
+def test_a_set_that_the_policy_would_overdose_with_is_refused(store: BreakableStore) -> None:
+    catalogue = make_catalogue(store, max_relative_dose=0.05)
+    publish(store)  # 0.5 * 1.5 / 10 = 0.075 at the last layer
+    catalogue.refresh()
+    assert not catalogue.is_ready and "0.075" in str(catalogue.problem)
+
+
+def test_the_poll_survives_what_no_store_should_raise(store: BreakableStore) -> None:
+    catalogue = make_catalogue(store)
+    store.error = ZeroDivisionError()
+
+    async def scenario() -> None:
+        poll = asyncio.create_task(catalogue.poll(interval_s=0.005))
+        while catalogue.problem is None:
+            await asyncio.sleep(0.005)
+        store.error = None
+        publish(store)
+        while catalogue.active is None:
+            await asyncio.sleep(0.005)
+        poll.cancel()
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+def test_what_a_plan_subtracts_is_computed_once_and_forgotten_when_there_are_many(
+    store: BreakableStore,
+) -> None:
+    policy = Policy.from_settings(make_settings(client_override="any"))
+    catalogue = VectorCatalogue(store, policy, make_identity(), capacity=2)
+    publish(store)
+    catalogue.refresh()
+    vectors = catalogue.active
+    assert vectors is not None
+
+    def delta_of(alpha: float) -> torch.Tensor:
+        plan = decide(policy, Override(alpha=alpha), True, vectors)
+        delta = catalogue.steering(plan, vectors).delta
+        assert delta is not None
+        return delta
+
+    first = delta_of(0.5)
+    assert torch.equal(first, 0.5 * vectors.mean)
+    assert delta_of(0.5) is first
+    delta_of(0.6), delta_of(0.7)
+    assert delta_of(0.5) is not first
+
+
+def test_a_plan_made_before_a_switch_keeps_its_vectors(store: BreakableStore) -> None:
+    catalogue = make_catalogue(store)
+    publish(store)
+    catalogue.refresh()
+    old = catalogue.active
+    plan = decide(Policy.from_settings(make_settings()), None, True, old)
+    publish(store, 0.25)
+    catalogue.refresh()
+    delta = catalogue.steering(plan, old).delta
+    assert old is not None and delta is not None and torch.equal(delta, 0.5 * old.mean)
+    with pytest.raises(PlanError):
+        make_catalogue(store).steering(plan, catalogue.active)
