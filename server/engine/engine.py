@@ -166,6 +166,10 @@ class EmbeddedEngine:
     def _check_fits(self, active: ActiveRequest) -> None:
         prompt, answer = active.prompt_len, active.request.params.max_tokens
         limit = self._config.max_model_len
+        vocabulary = self._model.config.get_text_config().vocab_size
+        unknown = [token for token in active.request.params.logit_bias if token >= vocabulary]
+        if unknown:
+            raise InputError(f"logit_bias names token {unknown[0]}; there are {vocabulary}")
         if active.max_len > limit:
             raise PromptTooLongError(
                 f"the prompt has {prompt} tokens and up to {answer} are asked for: "
