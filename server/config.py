@@ -175,15 +175,6 @@ class Settings(BaseModel):
             return False
 
     @property
-    def model_name(self) -> str:
-        """The name that requests use."""
-        return self.served_model_name or self.model or "deshift"
-
-    @property
-    def kv_tokens_in_force(self) -> int:
-        return self.kv_tokens or self.max_rows * self.max_model_len
-
-    @property
     def client_override_in_force(self) -> ClientOverride:
         if self.client_override is not None:
             return self.client_override

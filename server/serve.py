@@ -1,4 +1,4 @@
-"""Running the server as a process: the socket, uvicorn, signals, exit codes.
+"""Running the server as a process: the socket, uvicorn, signals.
 
 Does not cover what is served (app.py).
 """
@@ -8,7 +8,6 @@ import errno
 import logging
 import signal
 import socket
-import sys
 from types import FrameType
 
 import uvicorn
@@ -16,27 +15,21 @@ from fastapi import FastAPI
 
 from server.app import create_app, drain
 from server.config import Settings
-from server.engine.types import EngineError
-from server.errors import ServerError, StartupError
+from server.errors import StartupError
 from server.services import Services
-from steering.errors import SteeringError
 
 log = logging.getLogger("deshift")
 LAST_BYTES_S = 5  # after the engine has stopped, for the ends of answers to leave
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code. Errors of startup are one line."""
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises ServerError, EngineError or SteeringError when it cannot start; the command words it.
+    """
     configure_logging()
-    try:
-        with listening_socket(settings) as sock:  # first: a taken port costs no loaded model
-            asyncio.run(run(create_app(settings), sock))
-    except (ServerError, EngineError, SteeringError) as error:
-        print(f"deshift: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # while the model loads, or at the second Ctrl-C
-        return 130
-    return 0
+    with listening_socket(settings) as sock:  # first: a taken port costs no loaded model
+        asyncio.run(run(create_app(settings), sock))
 
 
 def configure_logging() -> None:
@@ -99,7 +92,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         for sock in sockets or []:
             host, port = sock.getsockname()[:2]
-            log.info("serving %s on http://%s:%d", self._services.settings.model_name, host, port)
+            log.info("serving %s on http://%s:%d", self._services.model_name, host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._services.in_flight.is_draining:

@@ -34,6 +34,11 @@ class Services:
     in_flight: InFlight = field(default_factory=InFlight)
     bridge: EventBridge = field(default_factory=EventBridge)
 
+    @property
+    def model_name(self) -> str:
+        """The name that requests use."""
+        return self.settings.served_model_name or self.engine.identity.model_id
+
     def refuse_while_draining(self) -> None:
         if self.in_flight.is_draining:
             raise UnavailableError("the server is shutting down; ask another replica")

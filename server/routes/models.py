@@ -25,10 +25,10 @@ async def get_model(request: Request, name: str) -> Response:
 
 def check_model(services: Services, name: str) -> None:
     """Raises UnknownModelError, with the name that is served."""
-    served = services.settings.model_name
+    served = services.model_name
     if name != served:
         raise UnknownModelError(f"the model {name[:200]!r} does not exist; served is {served!r}")
 
 
 def _model(services: Services) -> Model:
-    return Model(id=services.settings.model_name, created=services.created)
+    return Model(id=services.model_name, created=services.created)

@@ -27,7 +27,7 @@ async def ready(request: Request) -> Response:
     is_ready = engine.state == "ready" and services.vectors.is_ready and not is_draining
     body = {
         "status": "ready" if is_ready else "not ready",
-        "model": services.settings.model_name,
+        "model": services.model_name,
         "draining": is_draining,
         "engine": {
             "state": engine.state,

@@ -17,6 +17,7 @@ import pytest
 from server.engine.types import EngineError, TextEvent
 from server.errors import ServerError, StartupError
 from server.serve import listening_socket, serve
+from steering.errors import SteeringError
 from steering.stores import MemoryStore
 from tests.server.conftest import LiveServer, live_server, make_settings, wait_until
 from tests.server.fakes import FakeEngine, chat_body, plays, says
@@ -187,18 +188,14 @@ def test_a_host_that_is_not_ours_is_named() -> None:
         listening_socket(make_settings(host="no.such.host.invalid", api_key="k"))
 
 
-def test_startup_failures_are_one_line_and_an_exit_code(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "DESHIFT_MODEL"),
-        ({"model": str(tmp_path / "none")}, "none"),
-        ({"store": "ftp://x"}, "ftp://x"),
-    ]
-    for changes, word in cases:
-        assert serve(make_settings(**changes)) == 1
-        error = capsys.readouterr().err
-        assert word in error and error.count("\n") == 1 and error.startswith("deshift: ")
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({}, "DESHIFT_MODEL"), ({"model": "./none"}, "./none"), ({"store": "ftp://x"}, "ftp://x")],
+)
+def test_startup_failures_are_one_line(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises((ServerError, SteeringError), match=word) as caught:
+        serve(make_settings(**changes))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_engine_that_does_not_start_stops_the_server(
@@ -231,6 +228,7 @@ SCRIPT = """
 import asyncio, sys
 from server.app import create_app
 from server.serve import configure_logging, listening_socket, run
+from steering.errors import SteeringError
 from steering.stores import MemoryStore
 from tests.server.conftest import make_settings
 from tests.server.fakes import FakeEngine
