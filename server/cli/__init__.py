@@ -1,0 +1,1 @@
+"""The `deshift` command: one file per group of subcommands."""

@@ -1,0 +1,42 @@
+"""The root of the `deshift` command: puts the groups together and words their errors.
+
+A subcommand imports what is heavy when it runs, so that `--help` and `vectors list` are quick.
+"""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from server.cli.bench import bench
+from server.cli.demo import demo
+from server.cli.extract import extract
+from server.cli.serve import serve
+from server.cli.vectors import vectors
+from server.engine.types import EngineError
+from server.errors import ServerError
+from steering.errors import SteeringError
+
+
+class _Root(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """What this project raises on purpose is one line on stderr and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except (SteeringError, ServerError, EngineError) as error:
+            typer.echo(f"deshift: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Root,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve vision-language models with the safety of their own language model.",
+)
+app.command()(serve)
+app.command()(extract)
+app.add_typer(vectors, name="vectors")
+app.command()(bench)
+app.command()(demo)
