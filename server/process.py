@@ -79,6 +79,7 @@ def end_of_log(log: Path, num_lines: int = 20) -> str:
 
 def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
+    last_answer = "no answer"
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
@@ -87,13 +88,16 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, timeout_s: fl
                     f"answered. The end of {log}:\n{end_of_log(log)}"
                 )
             try:
-                if client.get(url).status_code == 200:
+                response = client.get(url)
+                if response.status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
+                last_answer = f"{response.status_code} {response.text[:500]}"
+            except httpx.TransportError as error:
+                last_answer = repr(error)
             time.sleep(POLL_S)
     raise ChildError(
-        f"{url} did not answer 200 within {timeout_s:.0f} s. The end of {log}:\n{end_of_log(log)}"
+        f"{url} did not answer 200 within {timeout_s:.0f} s but: {last_answer}. "
+        f"The end of {log}:\n{end_of_log(log)}"
     )
 
 

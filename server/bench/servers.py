@@ -1,7 +1,7 @@
 """Start the servers to compare on the same checkpoint: Deshift itself and `transformers serve`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,11 +26,15 @@ def transformers_serve(model: Path, logs: Path, dtype: str) -> Iterator[Target]:
 
 
 @contextmanager
-def deshift_serve(model: Path, logs: Path, dtype: str) -> Iterator[Target]:
-    """This server on a free loopback port, with the settings of the environment otherwise."""
+def deshift_serve(
+    model: Path, logs: Path, dtype: str, variables: Mapping[str, str] | None = None
+) -> Iterator[Target]:
+    """This server on a free loopback port; `variables` are added to the environment's settings."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-    with child_server(command, ready_url=f"{url}/ready", log=logs / "deshift-serve.log"):
+    with child_server(
+        command, ready_url=f"{url}/ready", log=logs / "deshift-serve.log", env=variables
+    ):
         yield Target("deshift", url)

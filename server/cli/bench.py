@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from server.bench import machine, report, servers
 from server.bench.load import Burst, Load, measure
 from server.bench.target import BenchError, Target, resolved
+from server.config import Settings
 from server.process import ChildError
 
 LONGEST_ANSWER_S = 600.0
@@ -31,7 +32,11 @@ def bench(
     ] = None,
     serve: Annotated[
         Path | None,
-        typer.Option(help="Also start this server on a checkpoint.", exists=True, file_okay=False),
+        typer.Option(
+            help="Also start this server, with the settings of the environment, on a checkpoint.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     transformers_serve: Annotated[
         Path | None,
@@ -39,6 +44,12 @@ def bench(
             help="Also start `transformers serve` on a checkpoint.", exists=True, file_okay=False
         ),
     ] = None,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo", help="Start both on the demonstration model, steered as recommended."
+        ),
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(help="A server's model; by default the first it lists.", metavar="NAME=MODEL"),
@@ -88,9 +99,18 @@ def bench(
             targets = [
                 Target(name, value.rstrip("/").removesuffix("/v1")) for name, value in _pairs(url)
             ]
+            variables: Mapping[str, str] = {}
+            if demo:
+                from server.demo.setup import prepare
+
+                console.print("Building the demonstration model")
+                variables = prepare(Settings.from_env().cache)
+                serve = transformers_serve = Path(variables["DESHIFT_MODEL"])
             if serve:
                 console.print(f"Starting deshift on {serve}")
-                targets.append(started.enter_context(servers.deshift_serve(serve, logs, dtype)))
+                targets.append(
+                    started.enter_context(servers.deshift_serve(serve, logs, dtype, variables))
+                )
             if transformers_serve:
                 console.print(f"Starting transformers serve on {transformers_serve}")
                 targets.append(
@@ -101,7 +121,9 @@ def bench(
             targets = _configured(targets, dict(_pairs(model)), dict(_pairs(api_key)))
             targets = _variants(targets, dict(_pairs(steering)))
             if not targets:
-                raise BenchError("nothing to measure: give --url, --serve or --transformers-serve")
+                raise BenchError(
+                    "nothing to measure: give --url, --serve, --transformers-serve or --demo"
+                )
             base = baseline or targets[0].name
             if base not in {target.name for target in targets}:
                 raise BenchError(f"--baseline {base} is none of the servers")

@@ -35,7 +35,7 @@ def test_a_silent_child_times_out_and_is_killed_when_it_ignores_sigterm(tmp_path
     text = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True)"
     command = [sys.executable, "-c", text + "; time.sleep(60)"]
     with (
-        pytest.raises(ChildError, match="did not answer 200 within 1 s"),
+        pytest.raises(ChildError, match="did not answer 200 within 1 s but: ConnectError"),
         child_server(
             command, ready_url="http://127.0.0.1:9/", log=tmp_path / "log", timeout_s=1, grace_s=0.2
         ),
