@@ -196,5 +196,6 @@ def _explain(error: ValidationError) -> str:
         name = str(problem["loc"][0])
         shown = "" if name == "api_key" else f" {problem['input']!r}"
         known = name in Settings.model_fields
-        lines.append(f"{PREFIX}{name.upper()}{shown}: {message if known else 'not a setting'}")
+        place = f"{name}{shown} ({PREFIX}{name.upper()})"
+        lines.append(f"{place}: {message if known else 'not a setting'}")
     return "; ".join(lines)
