@@ -18,18 +18,20 @@ from server.engine.types import (
 )
 from server.policy import Override
 from server.protocol import (
-    AnswerMessage,
-    ChatCompletion,
-    ChatCompletionChunk,
     ChatCompletionRequest,
-    Choice,
-    ChoiceLogprobs,
-    ChunkChoice,
-    Delta,
     ImagePart,
     Message,
     RefusalPart,
     SteeringOverride,
+)
+from server.replies import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Choice,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Delta,
     SteeringReport,
     TokenLogprobContent,
     TopLogprob,

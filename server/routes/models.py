@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from server.errors import UnknownModelError
-from server.protocol import Model, ModelList
+from server.replies import Model, ModelList
 from server.services import Services, services_of
 
 router = APIRouter()
