@@ -202,7 +202,7 @@ class EmbeddedEngine:
         except Exception as error:  # boundary: nothing may leave the thread unseen
             logger.exception("the engine has failed")
             with self._accepting:
-                self._state, self._detail = "failed", str(error)
+                self._state, self._detail = "failed", _worded(error)
         finally:
             self._started.set()
             self._fail_all()
@@ -220,7 +220,7 @@ class EmbeddedEngine:
                 raise
             except Exception as error:  # boundary: this prompt fails, the others go on
                 logger.exception("prefill of request %s failed", active.request.request_id)
-                self._fail(active, "engine", f"prefill failed: {error}")
+                self._fail(active, "engine", _worded(error))
                 continue
             if chunk.is_last:
                 self._begin_decoding(active, logits)
@@ -327,6 +327,11 @@ class EmbeddedEngine:
         for active in self._scheduler.requests():
             if is_meant(active):
                 self._fail(active, kind, message)
+
+
+def _worded(error: Exception) -> str:
+    """For clients: our own words, never another library's internals (the log has those)."""
+    return str(error) if isinstance(error, EngineError) else "an internal error; see the log"
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
