@@ -61,7 +61,10 @@ def _serve_and_show(console: Console, port: int, once: bool) -> None:
         console.print(f"Ready after {time.monotonic() - start:.0f} s; asking")
         every = cases.cases()
         with httpx.Client(base_url=url, timeout=120.0, trust_env=False) as client:
-            rows = [cases.ask(client, case, cases.MODEL_NAME) for case in every]
+            rows = []
+            for case in every:
+                with console.status(f"Asking: {case.title}"):  # seen on a terminal only
+                    rows.append(cases.ask(client, case, cases.MODEL_NAME))
         console.print(show.table(rows))
         if once:
             return
