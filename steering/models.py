@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from steering.errors import ModelError
@@ -71,11 +72,18 @@ def load_model(
     chosen = default_dtype(place) if dtype == "auto" else _dtype(dtype)
     try:
         processor = load_processor(str(directory))
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype=chosen, attn_implementation="sdpa", use_safetensors=True
+        loaded, found = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype=chosen,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{model}: cannot be loaded: {_first_line(error)}") from error
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(found["missing_keys"])
+        raise ModelError(f"{model}: {len(missing)} weights are missing, first {missing[0]}")
     chat_template_digest(processor, model)
     loaded = loaded.to(place).eval().requires_grad_(False)
     return LoadedModel(
