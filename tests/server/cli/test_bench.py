@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
 from server.cli.bench import bench
 from tests.server.bench.fake_server import Script, fake_server
+from tests.tiny_models import TinyModel
 
 app = typer.Typer()
 app.command()(bench)
@@ -60,3 +62,32 @@ def test_mistakes_are_named() -> None:
         result = runner.invoke(app, arguments)
         assert result.exit_code != 0
         assert words in " ".join(result.output.split()), result.output
+
+
+@pytest.mark.slow
+def test_transformers_serve_is_measured_beside_us_on_the_same_checkpoint(
+    tiny_llava: TinyModel, tmp_path: Path
+) -> None:
+    """Both really run, and both produce exactly the tokens that were asked for."""
+    model = tmp_path / "model"
+    tiny_llava.save(model)
+    written = tmp_path / "bench.json"
+    result = runner.invoke(
+        app,
+        ["--serve", str(model), "--transformers-serve", str(model), "--dtype", "float32"]
+        + ["--streams", "1,2", "--rounds", "1", "--max-tokens", "8", "--json", str(written)]
+        + ["--logs", str(tmp_path)],
+        env={"DESHIFT_STEERING_MODE": "off", "DESHIFT_CACHE": str(tmp_path)},
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(written.read_text())
+    assert [(t["name"], t["dialect"]) for t in report["targets"]] == [
+        ("deshift", "ignore_eos"),
+        ("transformers", "generation_config"),
+    ]
+    for cell in report["cells"]:
+        assert cell["counted_by"] == ["usage"]
+        assert (cell["tokens_per_chat"]["low"], cell["tokens_per_chat"]["high"]) == (8, 8)
+    prompts = [cell["prompt_tokens"]["median"] for cell in report["cells"]]
+    assert prompts[0] == prompts[1] and prompts[2] == prompts[3]
+    assert list(report["settings"]["checkpoints"]) == [str(model)]
