@@ -59,7 +59,8 @@ def states(tiny_model: TinyModel) -> Callable[[bool], Tensor]:
             output = model(**inputs, output_hidden_states=True)
         return torch.stack([hidden[0, -1] for hidden in output.hidden_states[1:]])
 
-    return lambda image: torch.stack([one(text, WHITE if image else None) for text in TEXTS])
+    both = [torch.stack([one(text, image) for text in TEXTS]) for image in (None, WHITE)]
+    return lambda image: both[image]
 
 
 def assert_close(actual: Tensor | None, expected: Tensor) -> None:
