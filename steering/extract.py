@@ -21,6 +21,7 @@ from steering.hooks import record
 from steering.layers import decoder_layers
 from steering.models import LoadedModel
 from steering.ops import pairwise_cosine_of_sum
+from steering.processors import writes_its_own_bos
 from steering.vectors import Manifest, ShiftVectors
 
 # The size that LLaVA-1.5's vision tower takes without resizing, and a multiple of Qwen2-VL's 28.
@@ -115,13 +116,12 @@ def _prompt_inputs(processor: Any, texts: Sequence[str], image: Image.Image | No
         )
         for text in texts
     ]
-    bos = processor.tokenizer.bos_token
     return processor(
         text=prompts,
         images=None if image is None else [[image] for _ in texts],
         padding=True,
         padding_side="left",
-        add_special_tokens=bos is None or not prompts[0].startswith(bos),
+        add_special_tokens=not writes_its_own_bos(processor, prompts[0]),
         return_tensors="pt",
     )
 

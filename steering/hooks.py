@@ -7,7 +7,7 @@ subtracted (methods.py) nor from which row (the engine's runner).
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,10 @@ def _on_each_layer(layers: Sequence[nn.Module], edit: Edit) -> Iterator[None]:
 
         return hook
 
-    handles = []
-    try:
+    with ExitStack() as handles:
         for layer, module in enumerate(layers):
-            handles.append(module.register_forward_hook(hook_of(layer)))
+            handles.callback(module.register_forward_hook(hook_of(layer)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Recorder:
@@ -81,14 +77,11 @@ def record_inputs(modules: Sequence[nn.Module]) -> Iterator[Recorder]:
 
         return hook
 
-    handles = []
-    try:
+    with ExitStack() as handles:
         for index, module in enumerate(modules):
-            handles.append(module.register_forward_pre_hook(hook_of(index), with_kwargs=True))
+            handle = module.register_forward_pre_hook(hook_of(index), with_kwargs=True)
+            handles.callback(handle.remove)
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,8 @@ def dose(delta: Tensor, hidden_norm: Tensor) -> Tensor:
     return delta.norm(dim=-1) / hidden_norm.clamp_min(torch.finfo(hidden_norm.dtype).tiny)
 
 
-def mean_pairwise_cosine(shifts: Tensor) -> Tensor:
-    """How uniform the shift is: shifts (N, L, D) -> (L,), the mean cosine over pairs i != j."""
-    units = torch.nn.functional.normalize(shifts, dim=-1)
-    return pairwise_cosine_of_sum(units.sum(dim=0), units.square().sum(dim=(0, 2)), len(shifts))
-
-
 def pairwise_cosine_of_sum(unit_sum: Tensor, square_sum: Tensor, num: int) -> Tensor:
-    """The same from running sums, so O(N) and not O(N^2).
+    """How uniform shifts are: their mean cosine over pairs i != j, from running sums in O(N).
 
     unit_sum (L, D): the sum of N unit vectors; square_sum (L,): of their squared norms (a shift
     of zero has none). 1 for a single prompt.

@@ -39,3 +39,9 @@ def load_processor(model: str, revision: str | None = None) -> Any:
     """
     model_type = AutoConfig.from_pretrained(model, revision=revision).model_type
     return _IMAGE_ONLY.get(model_type, AutoProcessor).from_pretrained(model, revision=revision)
+
+
+def writes_its_own_bos(processor: Any, prompt: str) -> bool:
+    """Whether the chat template has written the begin token itself, so that none is to be added."""
+    bos = processor.tokenizer.bos_token
+    return bos is not None and prompt.startswith(bos)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.layers import text_config
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -24,7 +26,7 @@ class KVShape:
 
     @classmethod
     def of(cls, model: Any) -> "KVShape":
-        config = model.config.get_text_config()
+        config = text_config(model)
         head_dim = getattr(config, "head_dim", None)
         return cls(
             num_layers=config.num_hidden_layers,
@@ -33,10 +35,6 @@ class KVShape:
             dtype=model.dtype,
             device=model.device,
         )
-
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_heads * self.head_dim * self.dtype.itemsize
 
     def slab(self, num_rows: int, length: int) -> Tensor:
         """(num_rows, num_heads, length, head_dim) of zeros: a masked position still multiplies
@@ -73,8 +71,10 @@ class PromptCache:
 class RowCache:
     """The KV of the running rows 0..B-1, one slab a layer: (rows, H, length, Dh).
 
-    A step attends over the longest running row only. The slab is reallocated when it must grow
-    and dropped when no row is left, so that it never exceeds what admission allowed.
+    A step attends over the longest running row only. The slabs are reallocated when they must
+    grow and dropped when no row is left, so they never exceed what admission allowed (a prompt
+    that is being prefilled has its own cache beside them). Beyond a row's tokens lies what
+    earlier rows left, finite and masked.
     """
 
     LENGTH_STEP = 64
@@ -87,6 +87,16 @@ class RowCache:
     def footprint(cls, num_rows: int, length: int) -> int:
         """Tokens of memory that `num_rows` rows of up to `length` tokens take."""
         return num_rows * -(-length // cls.LENGTH_STEP) * cls.LENGTH_STEP
+
+    @classmethod
+    def longest(cls, num_rows: int, num_tokens: int) -> int:
+        """The longest rows of which `num_rows` fit into `num_tokens` tokens of memory."""
+        return num_tokens // num_rows // cls.LENGTH_STEP * cls.LENGTH_STEP
+
+    @property
+    def size(self) -> int:
+        """Tokens of memory that the slabs take."""
+        return self._rows * self._length
 
     def release(self) -> None:
         """Forget everything."""
@@ -111,6 +121,12 @@ class RowCache:
         for slabs, filled in ((self._keys, prompt.keys), (self._values, prompt.values)):
             for slab, source in zip(slabs, filled, strict=True):
                 slab[row, :, : prompt.length] = source[0]
+
+    def scrub(self, row: int) -> None:
+        """Zero a row that holds NaN: the row that comes after it would see it through the mask."""
+        for slabs in (self._keys, self._values):
+            for slab in slabs:
+                slab[row] = 0.0
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one row over another."""

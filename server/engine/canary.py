@@ -12,7 +12,7 @@ from torch import Tensor
 
 from server.engine.runner import SteeringFaultError
 from steering.hooks import Injection, Injector, record_inputs
-from steering.layers import decoder_layers
+from steering.layers import decoder_layers, text_config
 
 DOSE = 0.5
 TOLERANCE = 0.02  # of the planned amount; bfloat16 rounds a sum by some 0.3 % of |h|
@@ -27,7 +27,7 @@ def run_canary(model: Any, injector: Injector) -> None:
     layers = decoder_layers(model)
     readers = [*layers[1:], model.get_decoder().norm]
     num_layers = len(layers)
-    hidden_size = model.config.get_text_config().hidden_size
+    hidden_size = text_config(model).hidden_size
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(num_layers, hidden_size, generator=generator)
     direction = torch.nn.functional.normalize(direction, dim=-1)

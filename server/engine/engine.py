@@ -8,7 +8,6 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,7 +39,7 @@ from server.engine.types import (
     RequestTimings,
 )
 from steering.hooks import steer
-from steering.layers import decoder_layers
+from steering.layers import decoder_layers, text_config
 from steering.models import LoadedModel, ModelIdentity
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,10 @@ STEP_GRACE_S = 30.0  # a step under way cannot be interrupted; draining waits th
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes. kv_tokens None: max_rows * max_model_len, so that memory never makes anyone wait."""
+    """Sizes. kv_tokens None: max_rows * max_model_len, so that memory never makes anyone wait.
+
+    max_queue: requests accepted beyond the rows there are.
+    """
 
     max_model_len: int = 2048
     max_rows: int = 16
@@ -62,6 +64,12 @@ class EngineConfig:
         for name in ("max_model_len", "max_rows", "max_queue", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise EngineError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        longest = RowCache.footprint(1, self.max_model_len)
+        if self.kv_budget < longest:
+            raise EngineError(
+                f"kv_tokens is {self.kv_budget}; one request of max_model_len "
+                f"{self.max_model_len} takes {longest}"
+            )
 
     @property
     def kv_budget(self) -> int:
@@ -105,7 +113,8 @@ class EmbeddedEngine:
             config.max_rows, config.kv_budget, config.prefill_chunk, RowCache.footprint
         )
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._queue_places = threading.BoundedSemaphore(config.max_queue)
+        self._places = threading.BoundedSemaphore(config.max_rows + config.max_queue)
+        self._accepted: dict[str, ActiveRequest] = {}  # all that owe a terminal event
         self._accepting = threading.Lock()  # no submit may slip in behind the drain message
         self._stop_at: float | None = None  # set once draining: give up on what runs then
         self._state: State = "starting"
@@ -125,13 +134,13 @@ class EmbeddedEngine:
         return self._inputs.build(messages, images)
 
     def submit(self, request: EngineRequest) -> None:
-        active = ActiveRequest(request)
-        self._check_fits(active)
+        active = ActiveRequest(request, self._max_tokens(request))
         with self._accepting:
             if self._state != "ready":
                 raise NotAcceptingError(f"the engine is {self._state}: {self._detail}")
-            if not self._queue_places.acquire(blocking=False):
-                raise QueueFullError(f"{self._config.max_queue} requests are waiting already")
+            if not self._places.acquire(blocking=False):
+                num = self._config.max_rows + self._config.max_queue
+                raise QueueFullError(f"{num} requests are running or waiting already")
             self._inbox.put(_Submit(active))
 
     def cancel(self, request_id: str) -> None:
@@ -158,31 +167,32 @@ class EmbeddedEngine:
         with self._accepting:
             if self._state == "ready":
                 self._state, self._detail = "draining", "shutting down"
-            self._stop_at = time.monotonic() + timeout_s
+            stop_at = time.monotonic() + timeout_s
+            self._stop_at = stop_at if self._stop_at is None else min(stop_at, self._stop_at)
         self._inbox.put(_Drain())
         if self._thread.is_alive():
             self._thread.join(timeout_s + STEP_GRACE_S)
 
-    def _check_fits(self, active: ActiveRequest) -> None:
-        prompt, answer = active.prompt_len, active.request.params.max_tokens
-        limit = self._config.max_model_len
-        vocabulary = self._model.config.get_text_config().vocab_size
-        unknown = [token for token in active.request.params.logit_bias if token >= vocabulary]
-        if unknown:
-            raise InputError(f"logit_bias names token {unknown[0]}; there are {vocabulary}")
-        if active.max_len > limit:
-            raise PromptTooLongError(
-                f"the prompt has {prompt} tokens and up to {answer} are asked for: "
-                f"{active.max_len} together, but this model's limit is {limit} (max_model_len)"
+    def _max_tokens(self, request: EngineRequest) -> int:
+        """How many tokens the answer may have. Raises what `submit` raises for bad requests."""
+        params, prompt = request.params, len(request.inputs.token_ids)
+        vocabulary = text_config(self._model).vocab_size
+        if unknown := [token for token in params.logit_bias if not 0 <= token < vocabulary]:
+            raise InputError(
+                f"logit_bias names token {unknown[0]}; there are {vocabulary}", param="logit_bias"
             )
-        if active.num_rows > self._config.max_rows:
-            raise InputError(f"n is {active.num_rows}; at most {self._config.max_rows} rows run")
-        needed = RowCache.footprint(active.num_rows, active.max_len)
-        if needed > self._config.kv_budget:
+        if params.n > self._config.max_rows:
+            raise InputError(f"n is {params.n}; at most {self._config.max_rows} rows run", "n")
+        per_row = RowCache.longest(params.n, self._config.kv_budget)
+        limit = min(self._config.max_model_len, per_row)
+        wanted = params.max_tokens if params.max_tokens is not None else max(1, limit - prompt)
+        if prompt + wanted > limit:
+            reason = "max_model_len" if limit < per_row else f"kv_tokens, for n = {params.n}"
             raise PromptTooLongError(
-                f"{active.num_rows} x ({prompt} prompt + {answer} answer tokens) take {needed} KV "
-                f"tokens, but there are {self._config.kv_budget} in all (kv_tokens)"
+                f"the prompt has {prompt} tokens and up to {wanted} are asked for: "
+                f"{prompt + wanted} together, but the limit is {limit} ({reason})"
             )
+        return wanted
 
     # Everything below runs on the engine thread.
 
@@ -213,7 +223,6 @@ class EmbeddedEngine:
             active = chunk.active
             if active.started_at is None:
                 active.started_at = time.monotonic()
-                self._queue_places.release()
             try:
                 logits = self._runner.prefill(chunk)
             except SteeringFaultError:
@@ -222,7 +231,7 @@ class EmbeddedEngine:
                 logger.exception("prefill of request %s failed", active.request.request_id)
                 self._fail(active, "engine", _worded(error))
                 continue
-            if chunk.is_last:
+            if logits is not None:
                 self._begin_decoding(active, logits)
         if self._scheduler.rows:
             logits = self._runner.decode(self._scheduler.rows)
@@ -244,24 +253,31 @@ class EmbeddedEngine:
         sane = torch.isfinite(logits.amax(dim=-1)).tolist()
         chosen = sample(logits, rows)
         details = logprobs(logits, rows, chosen, self._tokenizer)
-        for row, token_id, detail in zip(rows, chosen, details, strict=True):
-            row.append(token_id, detail, self._eos)
+        for row, is_sane, token_id, detail in zip(rows, sane, chosen, details, strict=True):
+            if row.active.request.request_id not in self._accepted:
+                continue  # it failed with a sibling
+            if is_sane:
+                row.append(token_id, detail, self._eos)
+                continue
+            for sibling in row.active.sequences:
+                if sibling in self._scheduler.rows:
+                    self._runner.scrub(self._scheduler.rows.index(sibling))
+            self._fail(row.active, "engine", "the model computed NaN or infinite logits")
         for row in rows:
             if row.finish_reason is not None:
                 self._leave(row)
         for active in {id(row.active): row.active for row in rows}.values():
-            if not all(ok for ok, row in zip(sane, rows, strict=True) if row.active is active):
-                self._fail(active, "engine", "the model computed NaN or infinite logits")
-            elif active.is_finished:
+            if active.is_finished:
                 self._finish(active)
 
     def _leave(self, row: Sequence) -> None:
         """Take a sequence out of the batch, keeping the rows dense."""
+        if row not in self._scheduler.rows:
+            return
         move = self._scheduler.leave(row)
         if move is not None:
-            self._runner.move(move, self._scheduler.rows[move.target].kv_len)
-        if not self._scheduler.rows and not self._scheduler.prefilling:
-            self._runner.release()
+            moved = self._scheduler.rows[move.target]
+            self._runner.move(move, moved.active.prompt_len + len(moved.token_ids))
 
     def _finish(self, active: ActiveRequest) -> None:
         now = time.monotonic()
@@ -274,28 +290,35 @@ class EmbeddedEngine:
             inject_s=active.inject_s,
         )
         completion = sum(len(row.token_ids) for row in active.sequences)
-        active.request.emit(Finished(active.prompt_len, completion, timings))
+        self._end(active, Finished(active.prompt_len, completion, timings))
 
     def _fail(self, active: ActiveRequest, kind: FailureKind, message: str) -> None:
         """End a request wherever it is, and free its rows."""
-        if active.started_at is None:
-            self._queue_places.release()
         self._scheduler.drop(active)
         for row in active.sequences:
-            if row.finish_reason is None and row in self._scheduler.rows:
-                self._leave(row)
+            self._leave(row)
+        self._end(active, Failed(kind, message))
+
+    def _end(self, active: ActiveRequest, event: Finished | Failed) -> None:
+        """Emit the terminal event, once; what the request held is free."""
+        if self._accepted.pop(active.request.request_id, None) is None:
+            return
         active.prompt_cache = active.embeds = None
-        active.request.emit(Failed(kind, message))
+        if not (self._scheduler.rows or self._scheduler.prefilling):
+            self._runner.release()
+        self._places.release()
+        active.request.emit(event)
 
     def _fail_all(self) -> None:
         """The last act: whatever was accepted and has not ended ends here."""
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, _Submit):
-                self._scheduler.add(message.active)
+                self._accepted[message.active.request.request_id] = message.active
         kind: FailureKind = "engine" if self._state == "failed" else "draining"
-        for active in self._scheduler.requests():
+        for active in self._accepted.values():
             active.request.emit(Failed(kind, f"the server stopped: {self._detail}"))
+        self._accepted.clear()
 
     def _receive(self) -> bool:
         """Take in all messages, waiting for one when idle; False when the thread shall end."""
@@ -306,27 +329,18 @@ class EmbeddedEngine:
             except queue.Empty:
                 break
             if isinstance(message, _Submit):
+                self._accepted[message.active.request.request_id] = message.active
                 self._scheduler.add(message.active)
             elif isinstance(message, _Cancel):
-                self._cancel(message.request_id)
+                active = self._accepted.get(message.request_id)
+                if active is not None:
+                    self._fail(active, "cancelled", "the client has gone")
         now = time.monotonic()
-        self._fail_where(lambda active: active.deadline < now, "timeout", "the request timed out")
+        for active in list(self._accepted.values()):
+            if active.deadline < now:
+                self._fail(active, "timeout", "the request timed out")
         drained = self._stop_at is not None and (self._scheduler.is_idle or now > self._stop_at)
         return not drained
-
-    def _cancel(self, request_id: str) -> None:
-        self._fail_where(
-            lambda active: active.request.request_id == request_id,
-            "cancelled",
-            "the client has gone",
-        )
-
-    def _fail_where(
-        self, is_meant: Callable[[ActiveRequest], bool], kind: FailureKind, message: str
-    ) -> None:
-        for active in self._scheduler.requests():
-            if is_meant(active):
-                self._fail(active, kind, message)
 
 
 def _worded(error: Exception) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from server.engine.types import EngineError
+from steering.layers import text_config
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,11 @@ class Family:
     model_type: str
     image_tensors: tuple[str, ...]
     has_mrope: bool = False
+    vision_types: tuple[str, ...] = ()  # which towers; empty: the family has one of its own
 
 
 FAMILIES = (
-    Family("LLaVA-1.5", "llava", image_tensors=("pixel_values",)),
+    Family("LLaVA-1.5", "llava", ("pixel_values",), vision_types=("clip_vision_model", "clip")),
     Family("Qwen2-VL", "qwen2_vl", ("pixel_values", "image_grid_thw"), has_mrope=True),
 )
 
@@ -37,9 +39,15 @@ def family_of(model: Any) -> Family:
             break
     else:
         raise EngineError(f"model type {model_type!r} is not served; served are: {served}")
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if layer_types - {"full_attention"}:
-        raise EngineError(f"{family.name} with {sorted(layer_types)} layers is not served")
+    vision_type = model.config.vision_config.model_type
+    if family.vision_types and vision_type not in family.vision_types:
+        raise EngineError(f"{family.name} with a {vision_type!r} vision tower is not served")
+    text = text_config(model)
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    has_window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    if layer_types - {"full_attention"} or has_window:
+        # The masks made here let every token see all before it.
+        raise EngineError(f"{family.name} with sliding-window attention is not served")
     return family
 
 

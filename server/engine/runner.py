@@ -16,6 +16,7 @@ from server.engine.scheduler import PrefillChunk, RowMove
 from server.engine.sequences import ActiveRequest, Sequence
 from server.engine.types import EngineError
 from steering.hooks import Injection, Injector
+from steering.layers import text_config
 
 
 class SteeringFaultError(EngineError):
@@ -34,17 +35,13 @@ class Runner:
         self._rows = RowCache(self._shape)
         # What each row subtracts at each layer, ready-made: (L, rows, D). Rewritten only when a
         # row joins, moves or leaves, so a decode step pays one subtraction a layer.
-        hidden_size = model.config.get_text_config().hidden_size
+        hidden_size = text_config(model).hidden_size
         self._table = torch.zeros(
             injector.num_layers, max_rows, hidden_size, dtype=model.dtype, device=model.device
         )
 
-    @property
-    def table(self) -> Tensor:
-        return self._table
-
-    def prefill(self, chunk: PrefillChunk) -> Tensor:
-        """Run a chunk of one prompt; return the logits after its last token, (1, V) float32.
+    def prefill(self, chunk: PrefillChunk) -> Tensor | None:
+        """Run a chunk of one prompt; after the last one return the logits, (1, V) float32.
 
         The prompt's last token alone is steered, so the chunk that holds it is the only one.
         """
@@ -67,7 +64,7 @@ class Runner:
             injection,
             [active],
         )
-        return self._logits(hidden)
+        return self._logits(hidden) if chunk.is_last else None
 
     def join(self, active: ActiveRequest, first_row: int, num_rows: int, length: int) -> None:
         """Copy a prefilled prompt into a row for each of its sequences.
@@ -85,6 +82,10 @@ class Runner:
         """Follow the scheduler: a row of `length` tokens has moved into a gap."""
         self._rows.move(move.source, move.target, length)
         self._table[:, move.target] = self._table[:, move.source]
+
+    def scrub(self, row: int) -> None:
+        """Clear a row whose states are not numbers."""
+        self._rows.scrub(row)
 
     def release(self) -> None:
         """Give the rows' memory back; no row is running."""
@@ -131,6 +132,7 @@ class Runner:
         actives: list[ActiveRequest],
     ) -> Tensor:
         """Run the decoder on embeds (B, T, D), positions (P, B, T); its last states (B, T, D)."""
+        self._injector.take()  # of a pass that broke midway
         self._injector.injection = injection
         try:
             output = self._decoder(

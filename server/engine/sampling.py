@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from server.engine.sequences import Sequence
+from server.engine.text import token_bytes
 from server.engine.types import TokenLogprob
+
+GREEDY_BELOW = 1e-5  # a temperature that small divides logits into infinity
 
 
 def sample(logits: Tensor, rows: Seq[Sequence]) -> list[int]:
@@ -22,7 +25,7 @@ def sample(logits: Tensor, rows: Seq[Sequence]) -> list[int]:
     """
     logits = adjusted(logits, rows)
     chosen: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > GREEDY_BELOW]
     if drawn:
         probs = filtered_probs(logits[drawn], [rows[i] for i in drawn])
         uniform = torch.tensor([rows[i].uniform() for i in drawn], dtype=torch.float64)
@@ -85,7 +88,8 @@ def filtered_probs(logits: Tensor, rows: Seq[Sequence]) -> Tensor:
         ranked = ranked * keep
         mass = ranked.cumsum(dim=-1)
         before = mass - ranked
-        keep = before < column([r.params.top_p for r in rows]) * mass[:, -1:]
+        top_p = column([r.params.top_p for r in rows])
+        keep = (before < top_p * mass[:, -1:]) | (top_p >= 1)
         keep[:, 0] = True
         probs = torch.zeros_like(probs).scatter(-1, order, ranked * keep)
     if any(r.params.min_p for r in rows):
@@ -126,5 +130,5 @@ def logprobs(
 def _token_logprob(
     tokenizer: Any, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
 ) -> TokenLogprob:
-    text = tokenizer.decode([token_id])
-    return TokenLogprob(token_id, text, text.encode(), max(logprob, -9999.0), top)
+    raw = token_bytes(tokenizer, token_id)
+    return TokenLogprob(token_id, raw.decode(errors="replace"), raw, max(logprob, -9999.0), top)

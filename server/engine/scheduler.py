@@ -91,11 +91,6 @@ class Scheduler:
         elif active in self.waiting:
             self.waiting.remove(active)
 
-    def requests(self) -> list[ActiveRequest]:
-        """Every request here, each once."""
-        running = {id(s.active): s.active for s in self.rows}.values()
-        return [*self.waiting, *self.prefilling, *running]
-
     @property
     def is_idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.rows)

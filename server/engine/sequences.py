@@ -63,11 +63,12 @@ class Sequence:
             text, met_stop = self._stops.step(self._detokenizer.step(token_id))
         if is_eos or met_stop:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.params.max_tokens:
+        elif len(self.token_ids) >= self.active.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and not met_stop:
             tail, met_stop = self._stops.step(self._detokenizer.flush())
             text += tail if met_stop else tail + self._stops.flush()
+            self.finish_reason = "stop" if met_stop else self.finish_reason
         emit = self.active.request.emit
         if text or logprob is not None:
             emit(TextEvent(self.index, text, () if logprob is None else (logprob,)))
@@ -80,6 +81,7 @@ class ActiveRequest:
     """One accepted request on its way through the engine: waiting, prefilling, running."""
 
     request: EngineRequest
+    max_tokens: int  # resolved: params.max_tokens, else as many as fit
     accepted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -96,7 +98,7 @@ class ActiveRequest:
     @property
     def max_len(self) -> int:
         """Tokens of KV that one of its rows may come to need."""
-        return self.prompt_len + self.request.params.max_tokens
+        return self.prompt_len + self.max_tokens
 
     @property
     def num_rows(self) -> int:

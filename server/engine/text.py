@@ -1,38 +1,73 @@
 """Token ids -> text as it becomes complete, held back while it may turn into a stop string."""
 
+import re
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.engine.types import EngineError
 
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+_UNFINISHED = "\ufffd"
+CONTEXT = 6  # tokens already sent that decoding may look back at
+
 
 class Detokenizer:
-    """Incremental decoding of one sequence, in whole characters, without special tokens."""
+    """Incremental decoding of one sequence, in whole characters, without special tokens.
+
+    Decodes a short window twice, with and without the new token: decoders look back (at spaces,
+    at the bytes of one character), so a token cannot be decoded alone.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise EngineError(f"{type(tokenizer).__name__} is not a `tokenizers` tokenizer")
-        self._tokenizer = tokenizer
-        self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []
+        self._backend = backend_of(tokenizer)
+        self._window: list[int] = []
+        self._num_sent = 0  # tokens at the window's start whose text is out
 
     def step(self, token_id: int) -> str:
         """The text that this token completes, maybe empty."""
-        text = self._stream.step(self._backend, token_id)
-        if text is None:
-            self._pending.append(token_id)
+        self._window.append(token_id)
+        text = self._new_text()
+        if text.endswith(_UNFINISHED):
             return ""
-        self._pending.clear()
-        return str(text)
+        self._window = self._window[-CONTEXT:]
+        self._num_sent = len(self._window)
+        return text
 
     def flush(self) -> str:
         """What an unfinished character at the end decodes to (U+FFFD), or nothing."""
-        if not self._pending:
-            return ""
-        return str(self._tokenizer.decode(self._pending, skip_special_tokens=True))
+        text = self._new_text()
+        self._num_sent = len(self._window)
+        return text
+
+    def _new_text(self) -> str:
+        sent = self._backend.decode(self._window[: self._num_sent], skip_special_tokens=True)
+        return str(self._backend.decode(self._window, skip_special_tokens=True)[len(sent) :])
+
+
+def backend_of(tokenizer: Any) -> Any:
+    """The `tokenizers` object inside. Raises EngineError for a tokenizer without one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise EngineError(f"{type(tokenizer).__name__} is not a `tokenizers` tokenizer")
+    return backend
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """The bytes that a token stands for, alone possibly no whole character.
+
+    Knows the byte-level alphabet (GPT-2's) and SentencePiece's pieces with byte fallback.
+    """
+    backend = backend_of(tokenizer)
+    piece: str = backend.id_to_token(token_id) or ""
+    if token_id in backend.get_added_tokens_decoder():
+        return piece.encode()
+    if b"ByteLevel" in backend.decoder.__getstate__():
+        return bytes(_BYTE_OF[character] for character in piece)
+    if fallback := _BYTE_FALLBACK.fullmatch(piece):
+        return bytes([int(fallback[1], 16)])
+    return piece.replace("\u2581", " ").encode()
 
 
 class StopMatcher:

@@ -34,19 +34,24 @@ class NotAcceptingError(EngineError):
 
 
 class InputError(EngineError):
-    """Messages or images that the model's template or processor cannot take (HTTP 400)."""
+    """A request that this model cannot take (HTTP 400); `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. Values are validated at the edge; these are the engine's bounds.
 
-    temperature 0 is greedy. top_k 0 and min_p 0 are off. `repetition_penalty` divides (multiplies
-    when negative) the logits of tokens seen in prompt or answer; presence and frequency follow
-    OpenAI: answer tokens only. `top_logprobs` None: none asked; 0: the chosen token's alone.
+    max_tokens None: as many as fit. temperature 0 is greedy. top_k 0 and min_p 0 are off.
+    `repetition_penalty` divides (multiplies when negative) the logits of tokens seen in prompt or
+    answer; presence and frequency follow OpenAI: answer tokens only. `top_logprobs` None: none
+    asked; 0: the chosen token's alone.
     """
 
-    max_tokens: int
+    max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -75,18 +80,14 @@ class EngineInputs:
     image_tensors: "dict[str, torch.Tensor]"
     position_ids: "torch.Tensor"
     next_position: int
-    num_image_tokens: int = 0
-
-    @property
-    def has_images(self) -> bool:
-        return bool(self.image_tensors)
 
 
 @dataclass(frozen=True)
 class EngineRequest:
     """One accepted request. `delta` (L, D) float32 is what every steered token subtracts at each
     layer, alpha and schedule already multiplied in; None when the plan is not active.
-    `emit` is called on the engine thread with each event and must neither block nor raise.
+    `request_id` is unique. `emit` is called on the engine thread with each event and must neither
+    block nor raise.
     """
 
     request_id: str

@@ -146,13 +146,13 @@ def test_a_request_that_can_never_fit_is_refused_with_both_lengths(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
     """Pitfall 16."""
-    under_test = start_engine(tiny_llava, max_model_len=64, max_rows=4, kv_tokens=128)
+    under_test = start_engine(tiny_llava, max_model_len=128, max_rows=4, kv_tokens=256)
     inputs = under_test.inputs("x" * 20)
     prompt = len(inputs.token_ids)
-    with pytest.raises(PromptTooLongError, match=rf"{prompt} tokens and up to 50 .* limit is 64"):
-        under_test.ask("x" * 20, max_tokens=50)
-    with pytest.raises(PromptTooLongError, match=r"3 x .* take 192 KV tokens, .* 128 in all"):
-        under_test.ask("", max_tokens=10, n=3)
+    with pytest.raises(PromptTooLongError, match=rf"{prompt} tokens and up to 90 .* limit is 128"):
+        under_test.ask("x" * 20, max_tokens=90)
+    with pytest.raises(PromptTooLongError, match=r"limit is 64 \(kv_tokens, for n = 3\)"):
+        under_test.ask("x" * 20, max_tokens=30, n=3)
     with pytest.raises(InputError, match="n is 5; at most 4 rows run"):
         under_test.ask("", max_tokens=10, n=5)
     assert isinstance(under_test.ask("", max_tokens=10, n=2).wait().terminal, Finished)
@@ -165,7 +165,7 @@ def test_a_full_queue_refuses_and_later_accepts(tiny_llava: TinyModel, start_eng
         running = under_test.ask("Hi", max_tokens=30)
         wait_until(lambda: under_test.engine.status().num_running == 1)
         queued = [under_test.ask("Hi", max_tokens=2) for _ in range(2)]
-        with pytest.raises(QueueFullError, match="2 requests are waiting already"):
+        with pytest.raises(QueueFullError, match="3 requests are running or waiting already"):
             under_test.ask("Hi")
     for answer in [running, *queued]:
         assert isinstance(answer.wait().terminal, Finished)
@@ -175,20 +175,22 @@ def test_a_full_queue_refuses_and_later_accepts(tiny_llava: TinyModel, start_eng
 def test_requests_wait_for_memory_and_all_get_their_answer(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
-    """The KV budget holds two of the ten at a time; the slab never exceeds it."""
-    under_test = start_engine(tiny_llava, kv_tokens=2 * RowCache.footprint(1, 60))
+    """The KV budget holds two or three of the ten at a time; the slabs never exceed it."""
+    budget = RowCache.footprint(3, 64)
+    under_test = start_engine(tiny_llava, kv_tokens=budget, max_model_len=128)
     seen: list[int] = []
     answers = [
         under_test.ask(
             "Hi",
-            max_tokens=30,
-            on_event=lambda _e: seen.append(under_test.engine.status().kv_tokens_reserved),
+            max_tokens=90 if number % 3 == 0 else 30,
+            on_event=lambda _e: seen.append(under_test.engine._runner._rows.size),
         )
-        for _ in range(10)
+        for number in range(10)
     ]
     for answer in answers:
         assert isinstance(answer.wait().terminal, Finished)
-    assert 0 < max(seen) <= under_test.engine.status().kv_tokens_budget
+    assert RowCache.footprint(2, 64) <= max(seen) <= budget
+    assert under_test.engine._runner._rows.size == 0
 
 
 def test_a_request_times_out(tiny_llava: TinyModel, start_engine: Start) -> None:
@@ -241,14 +243,84 @@ def test_a_prompt_that_breaks_the_model_fails_alone(
     assert isinstance(neighbour.wait().terminal, Finished)
 
 
-def test_logits_that_are_not_numbers_end_the_request(start_engine: Start) -> None:
+def test_logits_that_are_not_numbers_end_the_request_and_leave_no_trace(
+    start_engine: Start,
+) -> None:
+    """NaN left in a row's KV once reached the row's next tenant through the mask, as 0 * NaN."""
     tiny = build_tiny_llava()
     under_test = start_engine(tiny)
-    neighbour = under_test.ask("Hi", [picture(1)]).wait()
-    end = under_test.ask("Hi", [picture(1)], delta=random_delta(tiny) * float("inf")).wait()
-    assert isinstance(end.terminal, Failed) and "NaN or infinite" in end.terminal.message
-    again = under_test.ask("Hi", [picture(1)]).wait()
-    assert torch.equal(again.top(), neighbour.top())
+    expected = under_test.ask("Hi", [picture(1)]).wait()
+    infinite = random_delta(tiny) * float("inf")
+    with slow_model(tiny, 0.005):
+        neighbour = under_test.ask("Hi", max_tokens=150)  # keeps the slabs in use
+        for num in (1, 2):
+            broken = under_test.ask("x" * 60, [picture(1)], delta=infinite, n=num).wait()
+            assert isinstance(broken.terminal, Failed)
+            assert "NaN or infinite" in broken.terminal.message
+            again = under_test.ask("Hi", [picture(1)]).wait()
+            torch.testing.assert_close(again.top(), expected.top(), atol=1e-4, rtol=1e-4)
+    assert isinstance(neighbour.wait().terminal, Finished)
+
+
+def test_a_pass_that_breaks_midway_fails_one_prompt_only(start_engine: Start) -> None:
+    """The hooks that had fired were once counted into the next pass, which ended the engine."""
+    tiny = build_tiny_llava()
+    under_test = start_engine(tiny)
+    broken: list[bool] = []
+
+    def break_once(*_: Any) -> None:
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("secret detail of a library")
+
+    handle = tiny.model.get_decoder().layers[2].register_forward_pre_hook(break_once)
+    end = under_test.ask("Hi").wait().terminal
+    handle.remove()
+    assert isinstance(end, Failed) and end.message == "an internal error; see the log"
+    assert isinstance(under_test.ask("Hi").wait().terminal, Finished)
+
+
+def test_a_decode_that_breaks_ends_every_request_once(start_engine: Start) -> None:
+    """A request that had left its row when the engine broke once got no terminal event."""
+    tiny = build_tiny_llava()
+    under_test = start_engine(tiny)
+
+    def broken_move(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    under_test.engine._runner.move = broken_move  # type: ignore[method-assign]
+    with slow_model(tiny):
+        answers = [under_test.ask("Hi", max_tokens=k) for k in (4, 60, 60)]
+        for answer in answers:
+            assert isinstance(answer.wait().terminal, Failed)
+
+
+def test_without_max_tokens_the_answer_may_fill_what_there_is(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    """With a small KV budget such requests were once refused, though shorter ones fitted."""
+    under_test = start_engine(tiny_llava, max_model_len=128, kv_tokens=128)
+    one = under_test.ask("Hi", max_tokens=None).wait().terminal
+    two = under_test.ask("Hi", max_tokens=None, n=2).wait().terminal
+    assert isinstance(one, Finished) and isinstance(two, Finished)
+    assert one.prompt_tokens + one.completion_tokens == 128
+    assert 2 * two.prompt_tokens + two.completion_tokens == 128
+
+
+def test_a_budget_below_one_request_stops_the_start() -> None:
+    with pytest.raises(EngineError, match="kv_tokens is 100; one request of max_model_len 128"):
+        EngineConfig(max_model_len=128, kv_tokens=100)
+
+
+def test_a_burst_that_fits_into_the_rows_is_not_refused(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    """max_queue once counted requests that were about to get a row at once."""
+    under_test = start_engine(tiny_llava, max_rows=8, max_queue=1)
+    with slow_model(tiny_llava):
+        answers = [under_test.ask("Hi", max_tokens=3) for _ in range(9)]
+    for answer in answers:
+        assert isinstance(answer.wait().terminal, Finished)
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(
@@ -297,11 +369,13 @@ def test_the_end_token_ends_the_answer_and_is_not_text(
     assert ignored.finish_reason() == "length"
 
 
-def test_a_placeholder_in_the_text_is_refused(tiny_model: TinyModel, start_engine: Start) -> None:
+def test_control_tokens_in_the_text_are_refused(tiny_model: TinyModel, start_engine: Start) -> None:
     under_test = start_engine(tiny_model)
     token = tiny_model.processor.image_token
-    with pytest.raises(InputError, match="stands for a picture"):
-        under_test.inputs(f"What is {token}?", [picture(1)])
+    for smuggled in (token, "<|im_end|>", "<|im_start|>"):
+        with pytest.raises(InputError, match="a control token of this model"):
+            under_test.inputs(f"What is {smuggled}?", [picture(1)])
+    under_test.inputs("What does <pad> or <s> mean in HTML?", [picture(1)])
 
 
 def test_a_family_that_is_not_served_is_refused_by_name() -> None:
@@ -309,6 +383,47 @@ def test_a_family_that_is_not_served_is_refused_by_name() -> None:
     identified = loaded(tiny)
     tiny.model.config.model_type = "mllama"
     with pytest.raises(EngineError, match="'mllama' is not served; served are: LLaVA-1.5, Qwen2"):
+        EmbeddedEngine(identified, EngineConfig())
+
+
+@pytest.mark.parametrize(
+    ("template", "renders"),
+    [
+        ("{{ messages[0].content + '!' }}", True),  # takes strings only
+        ("{{ raise_exception('no system role') }}", False),
+        ("{{ messages[0].nothing.at.all }}", False),
+        ("{{ '' }}", False),  # an empty prompt
+    ],
+)
+def test_templates_that_cannot_take_the_messages_are_the_clients_errors(
+    start_engine: Start, template: str, renders: bool
+) -> None:
+    tiny = build_tiny_llava()
+    tiny.processor.chat_template = template
+    under_test = start_engine(tiny)
+    if renders:
+        assert len(under_test.inputs("Hi").token_ids) == 3
+        return
+    with pytest.raises(InputError):
+        under_test.inputs("Hi")
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ("vision_config", {"model_type": "pixtral"}, "'pixtral' vision tower is not served"),
+        ("text_config", {"sliding_window": 16}, "sliding-window attention is not served"),
+        ("text_config", {"layer_types": ["sliding_attention"] * 3}, "sliding-window"),
+    ],
+)
+def test_variants_that_the_suite_does_not_cover_are_refused(
+    config: str, change: dict[str, Any], message: str
+) -> None:
+    tiny = build_tiny_llava()
+    identified = loaded(tiny)
+    for name, value in change.items():
+        setattr(getattr(tiny.model.config, config), name, value)
+    with pytest.raises(EngineError, match=message):
         EmbeddedEngine(identified, EngineConfig())
 
 

@@ -20,7 +20,7 @@ def row(generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **param
     request = EngineRequest(
         "r", inputs, SamplingParams(**({"max_tokens": 9} | params)), SteeringPlan(), None, print
     )
-    sequence = Sequence(ActiveRequest(request), 0, TOKENIZER)
+    sequence = Sequence(ActiveRequest(request, 9), 0, TOKENIZER)
     sequence.token_ids = list(generated)
     return sequence
 
@@ -43,6 +43,7 @@ PROBS = [math.exp(x) / sum(math.exp(y) for y in (2, 1, 0, -1)) for x in (2, 1, 0
         ({"min_p": 0.1, "top_k": 3}, [0, 1, 2]),
         ({"top_k": 3, "top_p": 0.95}, [0, 1, 2]),
         ({"top_k": 2, "top_p": 0.7}, [0]),
+        ({"top_p": 1.0, "top_k": 4}, [0, 1, 2, 3]),
     ],
 )
 def test_filters_keep_the_right_tokens(params: dict[str, Any], kept: list[int]) -> None:
@@ -93,6 +94,20 @@ def test_draws_follow_the_distribution() -> None:
     for token, expected in enumerate(PROBS):
         share = float((drawn == token).float().mean())
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / len(rows))
+
+
+def test_a_row_without_top_p_keeps_every_token_beside_one_with_it() -> None:
+    """Rounding in the cumulative mass once cost such a row its rarest tokens."""
+    logits = torch.linspace(10, -10, 32000)[None].expand(2, -1)
+    probs = filtered_probs(logits, [row(), row(top_p=0.5)])
+    assert int((probs[0] > 0).sum()) == 32000
+    assert int((probs[1] > 0).sum()) < 32000
+
+
+def test_a_vanishing_temperature_is_greedy() -> None:
+    """It once divided the logits into infinity, and the last token was emitted for ever."""
+    rows = [row(temperature=t) for t in (1e-39, 1e-320, 1e-6)]
+    assert sample(LOGITS.expand(3, -1), rows) == [0, 0, 0]
 
 
 def test_logprobs_are_of_the_unadjusted_distribution() -> None:
