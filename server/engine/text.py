@@ -10,7 +10,7 @@ from server.engine.types import EngineError
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _UNFINISHED = "\ufffd"
-CONTEXT = 6  # tokens already sent that decoding may look back at
+MAX_HELD = 32  # tokens without a whole character: special ones, or bytes that never become one
 
 
 class Detokenizer:
@@ -29,10 +29,12 @@ class Detokenizer:
         """The text that this token completes, maybe empty."""
         self._window.append(token_id)
         text = self._new_text()
-        if text.endswith(_UNFINISHED):
+        num_new = len(self._window) - self._num_sent
+        if (not text or text.endswith(_UNFINISHED)) and num_new < MAX_HELD:
             return ""
-        self._window = self._window[-CONTEXT:]
-        self._num_sent = len(self._window)
+        # What was just sent stays as context; cut anywhere else, a character could fall apart.
+        self._window = self._window[self._num_sent :]
+        self._num_sent = num_new
         return text
 
     def flush(self) -> str:
