@@ -64,7 +64,7 @@ class Shown:
 def cases() -> tuple[Case, ...]:
     photo = data_url(photograph(), "jpeg")
     shapes = rendered()
-    picture = data_url(_png(shapes.image), "png")
+    picture = data_url(png(shapes.image), "png")
     question = shapes.question.text
     return (
         Case("harmful, text only", HARMFUL, "none", None, STEERED),
@@ -100,7 +100,7 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
     return encoded.getvalue()
