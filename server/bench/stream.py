@@ -98,6 +98,6 @@ def _events(arrivals: Sequence[Arrival]) -> Iterator[tuple[float, str]]:
         buffer = (buffer + part).replace(b"\r\n", b"\n")
         *events, buffer = buffer.split(b"\n\n")
         for event in events:
-            for line in event.decode().splitlines():
+            for line in event.decode().split("\n"):  # splitlines() takes U+2028 for a line's end
                 if line.startswith("data:"):
                     yield moment, line[len("data:") :].strip()

@@ -48,3 +48,11 @@ def test_an_error_within_the_stream_is_a_failure() -> None:
     broken = b'data: {"error": {"message": "engine failed"}}\n\n'
     assert "engine failed" in record([(1.0, event("a") + b"\n\n" + broken)]).error
     assert record([(1.0, b"data: [DONE]\n\n")]).error == "the stream held no text"
+
+
+def test_unicode_line_separators_within_the_text_do_not_end_a_line() -> None:
+    """splitlines() cut the JSON at them; some servers send them unescaped."""
+    separators = "a\u2028b\u2029c\u0085d"
+    chunk = {"choices": [{"delta": {"content": separators}}]}
+    data = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+    assert record([(1.0, data)]).text == separators
