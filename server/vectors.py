@@ -106,7 +106,7 @@ class VectorCatalogue:
             raise NotFoundError(f"the store has no alias {alias!r}: make and activate vectors")
         if self._active is not None and self._active.id == vector_id:
             return None
-        vectors = ShiftVectors.from_bytes(self._store.get_vectors(vector_id), expected_id=vector_id)
+        vectors = self._store.get_vectors(vector_id)
         vectors.check(self._identity)
         plan = decide(self._policy, None, has_images=True, vectors=vectors)
         if plan.is_active:

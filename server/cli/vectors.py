@@ -58,16 +58,15 @@ def show(name: SetArgument, store: StoreOption = None, as_json: JsonOption = Fal
     """Show where a vector set comes from and how large the shift is at each layer."""
     with opened_store(settings_with({"store": store}).store_url) as opened:
         vector_id = resolve(opened, name)
-        data = opened.get_vectors(vector_id)
+        vector_set = opened.get_vectors(vector_id)
         aliases = sorted(alias for alias, id_ in opened.aliases().items() if id_ == vector_id)
-    vector_set = ShiftVectors.from_bytes(data, expected_id=vector_id)
     layers = _layers(vector_set)
     if as_json:
         manifest = vector_set.manifest.as_dict()
         print_json({"id": vector_id, "aliases": aliases, "manifest": manifest, "layers": layers})
         return
     printer = console()
-    printer.print(_provenance(vector_set, aliases, len(data)))
+    printer.print(_provenance(vector_set, aliases, len(vector_set.to_bytes())))
     table = Table("layer", "|Delta|", "|h|", "|Delta| / |h|", "consistency")
     for column in table.columns:
         column.justify = "right"

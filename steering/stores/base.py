@@ -33,8 +33,8 @@ class Store(Protocol):
         """
         ...
 
-    def get_vectors(self, vector_id: str) -> bytes:
-        """The bytes of a vector set, verified. Raises NotFoundError, VectorError if damaged."""
+    def get_vectors(self, vector_id: str) -> ShiftVectors:
+        """A vector set, its bytes verified against the id. Raises NotFoundError, VectorError."""
         ...
 
     def list_vectors(self) -> list[VectorRecord]:
@@ -69,12 +69,6 @@ def resolve(store: Store, name: str) -> str:
     known = ", ".join(sorted(aliases)) or "none"
     problem = "names several vector sets" if found else "is neither an alias nor a vector set"
     raise NotFoundError(f"{name!r} {problem}; aliases: {known}; vector sets: {len(ids)}")
-
-
-def verified(data: bytes, vector_id: str) -> bytes:
-    """`data` if it is the intact vector set of this id. Raises VectorError."""
-    ShiftVectors.from_bytes(data, expected_id=vector_id)
-    return data
 
 
 def record_of(data: bytes) -> VectorRecord:

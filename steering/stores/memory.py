@@ -2,7 +2,8 @@
 
 import threading
 
-from steering.stores.base import VectorRecord, record_of, unknown_id, verified
+from steering.stores.base import VectorRecord, record_of, unknown_id
+from steering.vectors import ShiftVectors
 
 
 class MemoryStore:
@@ -19,12 +20,12 @@ class MemoryStore:
             self._vectors.setdefault(record.id, (record, data))
         return record.id
 
-    def get_vectors(self, vector_id: str) -> bytes:
+    def get_vectors(self, vector_id: str) -> ShiftVectors:
         with self._lock:
             if vector_id not in self._vectors:
                 raise unknown_id(vector_id)
             data = self._vectors[vector_id][1]
-        return verified(data, vector_id)
+        return ShiftVectors.from_bytes(data, expected_id=vector_id)
 
     def list_vectors(self) -> list[VectorRecord]:
         with self._lock:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from steering.errors import StoreError, VectorError
-from steering.stores.base import VectorRecord, record_of, unknown_id, verified
-from steering.vectors import Manifest
+from steering.stores.base import VectorRecord, record_of, unknown_id
+from steering.vectors import Manifest, ShiftVectors
 
 _SCHEMA_VERSION = 1
 _SCHEMA = (
@@ -61,7 +61,7 @@ class SqliteStore:
             )
         return record.id
 
-    def get_vectors(self, vector_id: str) -> bytes:
+    def get_vectors(self, vector_id: str) -> ShiftVectors:
         with self._reading() as connection:
             row = connection.execute(
                 "select data from vectors where id = ?", (vector_id,)
@@ -69,7 +69,7 @@ class SqliteStore:
         if row is None:
             raise unknown_id(vector_id)
         try:
-            return verified(bytes(row[0]), vector_id)
+            return ShiftVectors.from_bytes(bytes(row[0]), expected_id=vector_id)
         except VectorError as error:
             raise VectorError(f"store {self.path}: {error}") from error
 

@@ -10,23 +10,26 @@ from server.policy import Override, Policy, decide
 from server.vectors import VectorCatalogue
 from steering.errors import PlanError, StoreError
 from steering.stores import MemoryStore
+from steering.vectors import ShiftVectors
 from tests.server.conftest import make_settings
 from tests.server.fakes import make_identity, make_vectors
 
 
 class BreakableStore(MemoryStore):
-    """A store that can fail, lie about a blob, or raise what no store should."""
+    """A store that can fail, hold a damaged set, or raise what no store should."""
 
     error: Exception | None = None
-    blob: bytes | None = None
+    is_damaged = False
 
     def aliases(self) -> dict[str, str]:
         if self.error is not None:
             raise self.error
         return super().aliases()
 
-    def get_vectors(self, vector_id: str) -> bytes:
-        return self.blob if self.blob is not None else super().get_vectors(vector_id)
+    def get_vectors(self, vector_id: str) -> ShiftVectors:
+        if self.is_damaged:
+            return ShiftVectors.from_bytes(b"\x00" * 100, expected_id=vector_id)
+        return super().get_vectors(vector_id)
 
 
 @pytest.fixture
@@ -91,13 +94,13 @@ def test_a_damaged_set_a_lost_alias_and_a_failing_store_keep_the_last_good_one(
     good = publish(store)
     catalogue.refresh()
     publish(store, 0.25)
-    store.blob = b"\x00" * 100
+    store.is_damaged = True
     catalogue.refresh()
     assert active_id(catalogue) == good and "digest" in str(catalogue.problem)
     store.error = StoreError("disk full of bees")
     catalogue.refresh()
     assert active_id(catalogue) == good and catalogue.problem == "disk full of bees"
-    store.error, store.blob = None, None
+    store.error, store.is_damaged = None, False
     catalogue.refresh()
     assert active_id(catalogue) != good and catalogue.problem is None
 
@@ -161,3 +164,22 @@ def test_a_plan_made_before_a_switch_keeps_its_vectors(store: BreakableStore) ->
     assert old is not None and delta is not None and torch.equal(delta, 0.5 * old.mean)
     with pytest.raises(PlanError):
         make_catalogue(store).steering(plan, catalogue.active)
+
+
+def test_a_set_is_parsed_and_hashed_once(
+    store: BreakableStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store verified the bytes and threw the result away, and the catalogue did it again."""
+    publish(store)
+    parsed = []
+    from_bytes = ShiftVectors.from_bytes
+
+    def counted(data: bytes, expected_id: str | None = None) -> ShiftVectors:
+        parsed.append(expected_id)
+        return from_bytes(data, expected_id)
+
+    monkeypatch.setattr(ShiftVectors, "from_bytes", counted)
+    catalogue = make_catalogue(store)
+    catalogue.refresh()
+    catalogue.refresh()
+    assert parsed == [active_id(catalogue)]

@@ -26,7 +26,7 @@ def test_a_model_becomes_a_stored_activated_set_and_a_file(
     assert "4/4" in result.stderr  # the progress bar
     store = open_store(f"sqlite:///{tmp_path}/cache/deshift.db")
     assert store.aliases() == {"default": vectors.id, "spare": vectors.id}
-    assert store.get_vectors(vectors.id) == output.read_bytes()
+    assert store.get_vectors(vectors.id).to_bytes() == output.read_bytes()
     store.close()
     manifest = vectors.manifest
     assert (manifest.corruption, manifest.image_size) == ("gray", "32x16")

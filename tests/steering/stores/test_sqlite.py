@@ -63,7 +63,7 @@ def filled(path: Path) -> Iterator[Path]:
 def test_a_reopened_store_has_what_was_written(filled: Path) -> None:
     store = SqliteStore(filled)
     assert store.aliases() == {"default": shift_vectors().id}
-    assert store.get_vectors(shift_vectors().id) == shift_vectors().to_bytes()
+    assert store.get_vectors(shift_vectors().id).to_bytes() == shift_vectors().to_bytes()
     store.close()
 
 
