@@ -3,7 +3,6 @@
 Knows nothing of what they serve. For the commands only.
 """
 
-import os
 import shlex
 import signal
 import socket
@@ -34,9 +33,10 @@ def child_server(
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """Run `command` until the block ends; enter the block once `ready_url` answers 200.
 
-    `env` is added to this process's environment; output goes to `log`. The child has a process
-    group of its own, so that Ctrl-C in a terminal reaches it only through us. It is asked to end
-    with SIGTERM and killed after `grace_s`. Raises ChildError when it ends or times out first.
+    `env` is its whole environment, by default this process's; output goes to `log`. The child has
+    a process group of its own, so that Ctrl-C in a terminal reaches it only through us. It is asked
+    to end with SIGTERM and killed after `grace_s`. Raises ChildError when it ends or times out
+    first.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -45,7 +45,7 @@ def child_server(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env=env,
             start_new_session=True,
         )
     try:

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from server.bench import machine, report, servers
 from server.bench.load import Burst, Load, measure
 from server.bench.target import BenchError, Target, resolved
-from server.config import Settings
 from server.process import ChildError
 
 LONGEST_ANSWER_S = 600.0
@@ -99,17 +98,17 @@ def bench(
             targets = [
                 Target(name, value.rstrip("/").removesuffix("/v1")) for name, value in _pairs(url)
             ]
-            variables: Mapping[str, str] = {}
+            env: Mapping[str, str] | None = None
             if demo:
-                from server.demo.setup import prepare
+                from server.demo import setup
 
                 console.print("Building the demonstration model")
-                variables = prepare(Settings.from_env().cache)
-                serve = transformers_serve = Path(variables["DESHIFT_MODEL"])
+                env = setup.environment(setup.prepare(setup.cache_dir()))
+                serve = transformers_serve = Path(env["DESHIFT_MODEL"])
             if serve:
                 console.print(f"Starting deshift on {serve}")
                 targets.append(
-                    started.enter_context(servers.deshift_serve(serve, logs, dtype, variables))
+                    started.enter_context(servers.deshift_serve(serve, logs, dtype, env))
                 )
             if transformers_serve:
                 console.print(f"Starting transformers serve on {transformers_serve}")

@@ -12,7 +12,6 @@ import httpx
 import typer
 from rich.console import Console
 
-from server.config import Settings
 from server.demo import cases, show
 from server.errors import ServerError
 from server.process import ChildError, child_server, end_of_log, is_port_free
@@ -49,15 +48,15 @@ def demo(
 def _serve_and_show(console: Console, port: int, once: bool) -> None:
     from server.demo import setup  # torch: seconds
 
-    cache = Settings.from_env().cache
+    cache = setup.cache_dir()
     url = f"http://{HOST}:{port}"
     log = cache / "demo-server.log"
     start = time.monotonic()
     console.print(f"Building the demonstration model in {cache} (half a minute the first time)")
-    variables = setup.prepare(cache)
+    env = setup.environment(setup.prepare(cache))
     console.print(f"Starting the server (its log: {log})")
     command = [sys.executable, "-m", "server.cli", "serve", "--host", HOST, "--port", str(port)]
-    with child_server(command, ready_url=f"{url}/ready", log=log, env=variables) as process:
+    with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
         console.print(f"Ready after {time.monotonic() - start:.0f} s; asking")
         every = cases.cases()
         with httpx.Client(base_url=url, timeout=120.0, trust_env=False) as client:

@@ -1,11 +1,13 @@
 """What the demonstration serves: the model, its shipped vectors in a store, its settings."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from server.config import PREFIX, Settings
 from server.demo.cases import MODEL_NAME
 from steering.demo.assemble import assemble
 from steering.stores import open_store
@@ -24,6 +26,21 @@ class Recommended:
 def recommended() -> Recommended:
     values = json.loads((resources.files("steering.demo") / "recommended.json").read_text())
     return Recommended(float(values["alpha"]), str(values["schedule"]))
+
+
+def cache_dir(caller: Mapping[str, str] = os.environ) -> Path:
+    """Where things are made: the only one of the caller's settings that counts here."""
+    return Settings.from_env({k: v for k, v in caller.items() if k == f"{PREFIX}CACHE"}).cache
+
+
+def environment(
+    variables: Mapping[str, str], caller: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The caller's environment with `variables` in place of its own settings.
+
+    Those are meant for another server: an API key, say, or the revision of another model.
+    """
+    return {k: v for k, v in caller.items() if not k.startswith(PREFIX)} | dict(variables)
 
 
 def prepare(cache: Path) -> Mapping[str, str]:

@@ -1,6 +1,5 @@
 """Child servers: readiness, a death that is explained, an end that leaves nothing behind."""
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -43,16 +42,19 @@ def test_a_silent_child_times_out_and_is_killed_when_it_ignores_sigterm(tmp_path
         pytest.fail("it never became ready")
 
 
-def test_variables_are_added_to_the_environment(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import os; print(os.environ['EXTRA'], 'PATH' in os.environ)"]
-    assert "PATH" in os.environ
+@pytest.mark.parametrize("env", [{"EXTRA": "given"}, None])
+def test_the_environment_is_the_given_one_or_ours(
+    tmp_path: Path, env: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OURS", "kept")
+    text = "import os; print(os.environ.get('EXTRA'), os.environ.get('OURS'))"
     with (
-        pytest.raises(ChildError, match="given True"),
+        pytest.raises(ChildError, match="given None" if env else "None kept"),
         child_server(
-            command,
+            [sys.executable, "-c", text],
             ready_url="http://127.0.0.1:9/",
             log=tmp_path / "log",
-            env={"EXTRA": "given"},
+            env=env,
         ),
     ):
         pytest.fail("it never became ready")

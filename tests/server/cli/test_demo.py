@@ -18,7 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from server.cli.main import app
-from server.demo import cases, show
+from server.config import Settings
+from server.demo import cases, setup, show
 from server.process import free_port, is_port_free
 
 ROOT = Path(__file__).parents[3]
@@ -98,10 +99,29 @@ def test_a_taken_port_is_named_before_anything_is_built(tmp_path: Path) -> None:
     assert not cache.exists()
 
 
+def test_none_of_the_callers_settings_reaches_the_demonstrations_server() -> None:
+    """An API key made its own requests 401, and a DESHIFT_REVISION stopped the start."""
+    caller = {
+        "PATH": "/bin",
+        "DESHIFT_API_KEY": "k",
+        "DESHIFT_REVISION": "main",
+        "DESHIFT_CACHE": "/there",
+        "DESHIFT_HOST": "0.0.0.0",
+    }
+    assert setup.cache_dir(caller) == Path("/there")
+    assert setup.cache_dir({}) == Settings().cache
+    variables = {"DESHIFT_CACHE": "/here", "DESHIFT_MODEL": "/here/model"}
+    assert setup.environment(variables, caller) == {"PATH": "/bin", **variables}
+
+
 @pytest.mark.slow
 def test_the_demonstration_from_nothing_to_its_table_and_again(tmp_path: Path) -> None:
     """Nothing of it is left running; the second time it is quick."""
-    environment = os.environ | {"DESHIFT_CACHE": str(tmp_path)}
+    environment = os.environ | {
+        "DESHIFT_CACHE": str(tmp_path),
+        "DESHIFT_API_KEY": "meant for another server",
+        "DESHIFT_REVISION": "main",
+    }
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "demo", "--once", "--port", str(port)]
     for _ in range(2):
