@@ -10,13 +10,13 @@ from starlette.types import Receive, Scope, Send
 from server.convert import AnswerHead, StreamedAnswer, WholeAnswer, error_frame, steering_header
 from server.engine.types import EngineEvent, EngineRequest, Finished
 from server.errors import GenerationFailedError, error_body
-from server.generation import ClientLeftError, Generation
-from server.middleware import CLIENT_LEFT_STATUS, RequestRecord
+from server.generation import Generation
+from server.middleware import RequestRecord
 
 
 class EngineResponse(Response):
     """Raises, before anything is sent, what has an HTTP status of its own: a full queue, a prompt
-    that is too long, a failure or a timeout before the first token.
+    that is too long, a failure or a timeout before the first token; ClientLeftError at any time.
     """
 
     def __init__(
@@ -34,11 +34,8 @@ class EngineResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope  # the answer does not depend on it
-        try:
-            async with self._generation.running(self._engine_request, receive):
-                await self._answer(send)
-        except ClientLeftError:
-            self._record.status = CLIENT_LEFT_STATUS
+        async with self._generation.running(self._engine_request, receive):
+            await self._answer(send)
 
     async def _answer(self, send: Send) -> None:
         raise NotImplementedError

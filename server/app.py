@@ -21,10 +21,10 @@ from server.engine.api import Engine
 from server.engine.types import EngineError
 from server.errors import ServerError, error_response
 from server.media import MediaLimits
-from server.middleware import ApiKey, BodyLimit, RequestContext
+from server.middleware import ApiKey, BodyLimit, LoopbackHost, RequestContext
 from server.policy import Policy
 from server.routes import chat, models, status
-from server.services import Services
+from server.services import BodyBudget, Services
 from server.vectors import VectorCatalogue
 from steering.stores import Store, open_store
 
@@ -62,8 +62,12 @@ def create_app(
     for kind in ERRORS_WITH_A_STATUS:
         app.add_exception_handler(kind, _answer_error)
     key = settings.api_key.get_secret_value() if settings.api_key is not None else None
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)  # innermost
+    app.add_middleware(  # innermost
+        BodyLimit, max_bytes=settings.max_body_bytes, budget=services.bodies
+    )
     app.add_middleware(ApiKey, key=key)
+    if key is None:
+        app.add_middleware(LoopbackHost)  # Settings let nothing but loopback do without a key
     app.add_middleware(RequestContext, in_flight=services.in_flight)
     return app
 
@@ -105,6 +109,7 @@ def build_services(settings: Settings, engine: Engine, store: Store) -> Services
         ),
         created=int(time.time()),
         pool=ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare"),
+        bodies=BodyBudget(settings.max_buffered_bytes),
     )
 
 
@@ -131,13 +136,14 @@ async def running(services: Services) -> AsyncIterator[None]:
         services.pool.shutdown(wait=False, cancel_futures=True)
 
 
-async def drain(services: Services) -> None:
-    """Refuse what is new with 503, let what runs finish within drain_timeout_s, stop the engine.
+async def drain(services: Services, timeout_s: float | None = None) -> None:
+    """Refuse what is new with 503, let what runs finish, stop the engine.
 
-    The second call finds nothing to do.
+    What runs has drain_timeout_s, or `timeout_s`; a later call can only shorten it.
     """
     services.in_flight.is_draining = True
-    await asyncio.to_thread(services.engine.drain, services.settings.drain_timeout_s)
+    timeout_s = services.settings.drain_timeout_s if timeout_s is None else timeout_s
+    await asyncio.to_thread(services.engine.drain, timeout_s)
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:

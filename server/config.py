@@ -66,6 +66,11 @@ class Settings(BaseModel):
         30.0, ge=0, description="How long running answers may go on after SIGTERM."
     )
     max_body_bytes: int = Field(32 * MIB, ge=1024, description="Largest request body.")
+    max_buffered_bytes: int = Field(
+        512 * MIB,
+        ge=1024,
+        description="Bytes of all request bodies that are held at once; beyond it 429.",
+    )
     max_image_bytes: int = Field(10 * MIB, ge=1, description="Largest encoded image.")
     max_image_pixels: int = Field(
         25_000_000, ge=1, description="Largest image, width times height, read before decoding."
@@ -158,6 +163,11 @@ class Settings(BaseModel):
             raise ValueError(
                 f"{PREFIX}ALPHA {self.alpha:g} is over {PREFIX}ALPHA_MAX {self.alpha_max:g}"
             )
+        if self.max_body_bytes > self.max_buffered_bytes:
+            raise ValueError(
+                f"{PREFIX}MAX_BODY_BYTES {self.max_body_bytes} is over "
+                f"{PREFIX}MAX_BUFFERED_BYTES {self.max_buffered_bytes}: no such body could be held"
+            )
         if self.api_key is None and not self.is_loopback:
             raise ValueError(
                 f"{PREFIX}HOST {self.host} can be reached from other machines: "
@@ -167,12 +177,7 @@ class Settings(BaseModel):
 
     @property
     def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     @property
     def client_override_in_force(self) -> ClientOverride:
@@ -183,6 +188,16 @@ class Settings(BaseModel):
     @property
     def store_url(self) -> str:
         return self.store or f"sqlite:///{self.cache / 'deshift.db'}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address, without brackets or port, is this machine's own."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _explain(error: ValidationError) -> str:

@@ -58,20 +58,17 @@ def _engine_message(message: Message) -> dict[str, Any]:
         else:
             text = part.refusal if isinstance(part, RefusalPart) else part.text
             parts.append({"type": "text", "text": text})
-    if message.role == "assistant" and not parts and message.refusal is not None:
-        parts.append({"type": "text", "text": message.refusal})
+    if message.role == "assistant" and not parts:
+        parts.append({"type": "text", "text": message.refusal or ""})
     return {"role": role, "content": parts}
 
 
-def sampling_params(
-    wire: ChatCompletionRequest, *, prompt_len: int, max_model_len: int
-) -> SamplingParams:
-    """Without max_tokens an answer may fill what the prompt leaves of the context."""
+def sampling_params(wire: ChatCompletionRequest) -> SamplingParams:
     asked = [limit for limit in (wire.max_tokens, wire.max_completion_tokens) if limit is not None]
-    default = SamplingParams(max_tokens=1)
+    default = SamplingParams()
     top_p = _or(wire.top_p, default.top_p)
     return SamplingParams(
-        max_tokens=min(asked) if asked else max(1, max_model_len - prompt_len),
+        max_tokens=min(asked, default=None),
         temperature=_or(wire.temperature, default.temperature) if top_p > 0 else 0.0,
         top_p=top_p if top_p > 0 else 1.0,  # no mass but the likeliest token's: greedy
         top_k=max(0, _or(wire.top_k, default.top_k)),

@@ -66,6 +66,14 @@ class OverrideForbiddenError(ServerError):
     param = "steering"
 
 
+class ForbiddenHostError(ServerError):
+    """The Host header names no loopback address: see middleware.LoopbackHost."""
+
+    status = 403
+    type = "permission_error"
+    code = "host_not_allowed"
+
+
 class UnknownModelError(ServerError):
     status = 404
     type = "invalid_request_error"
@@ -136,7 +144,7 @@ def error_body(error: Exception) -> dict[str, dict[str, str | None]]:
         case PromptTooLongError():
             type_, param, code = "invalid_request_error", "messages", "context_length_exceeded"
         case InputError():
-            type_, param = "invalid_request_error", "messages"
+            type_, param = "invalid_request_error", error.param
         case QueueFullError():
             type_, code = "rate_limit_error", "queue_full"
         case NotAcceptingError():
@@ -151,13 +159,19 @@ def error_body(error: Exception) -> dict[str, dict[str, str | None]]:
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """The whole answer, with Retry-After on 429 and 503 and the challenge on 401."""
+    """The whole answer, with its headers.
+
+    429 and 503 say when to come back, 401 has its challenge, and clients are told not to retry
+    what has already cost a generation.
+    """
     status = error_status(error)
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
     if status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)
+    if isinstance(error, GenerationFailedError) and error.kind in ("timeout", "engine"):
+        headers["x-should-retry"] = "false"  # OpenAI's clients retry 408 and 5xx, twice
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if status == 413:

@@ -20,6 +20,12 @@ class ClientLeftError(Exception):
     """The client closed its connection; there is nobody to answer."""
 
 
+async def until_left(client: Receive) -> None:
+    """Wait for the client's leaving. `client` is the ASGI receive channel after the body."""
+    while (await client())["type"] != "http.disconnect":
+        pass
+
+
 class EventBridge:
     """Carries events from the engine thread to the event loop, one wake-up for many events."""
 
@@ -107,7 +113,6 @@ class Generation:
             raise GenerationFailedError(last.kind, last.message)
 
     async def _watch(self, client: Receive) -> None:
-        while (await client())["type"] != "http.disconnect":
-            pass
+        await until_left(client)
         self._client_left = True
         self._arrived.set()

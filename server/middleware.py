@@ -1,4 +1,4 @@
-"""Plain ASGI around every request: id, log line, in-flight count, key, body limit.
+"""Plain ASGI around every request: id, log line, in-flight count, host, key, body limit.
 
 Never buffers an answer. Does not cover what a path does (routes/).
 """
@@ -11,14 +11,24 @@ import uuid
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import AuthenticationError, BodyTooLargeError, error_response
-from server.services import InFlight
+from server.config import is_loopback
+from server.engine.types import QueueFullError
+from server.errors import (
+    AuthenticationError,
+    BodyTooLargeError,
+    ForbiddenHostError,
+    error_response,
+)
+from server.generation import ClientLeftError
+from server.services import BodyBudget, BodyShare, InFlight
 
 log = logging.getLogger("deshift.requests")
 OPEN_PATHS = frozenset({"/health", "/ready"})
 CLIENT_LEFT_STATUS = 499  # only in the log: nobody receives it
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]*)?")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
@@ -37,6 +47,11 @@ class RequestRecord:
 def record_of(scope: Scope) -> RequestRecord:
     record: RequestRecord = scope["state"]["record"]
     return record
+
+
+def body_share_of(scope: Scope) -> BodyShare:
+    share: BodyShare = scope["state"]["body_share"]
+    return share
 
 
 class RequestContext:
@@ -62,6 +77,8 @@ class RequestContext:
         self._in_flight.count += 1
         try:
             await self._app(scope, receive, send_with_id)
+        except (ClientDisconnect, ClientLeftError):  # while the body came, or later
+            record.status = CLIENT_LEFT_STATUS
         except Exception as error:  # the outermost boundary
             log.exception("request_id=%s failed", record.request_id)
             if not record.status:
@@ -93,6 +110,29 @@ def _log(scope: Scope, record: RequestRecord) -> None:
     )
 
 
+class LoopbackHost:
+    """Lets only requests through whose Host is a loopback name, with any port.
+
+    For a server on loopback without a key: another site whose name is made to resolve to 127.0.0.1
+    (DNS rebinding) would otherwise be same-origin with it in a browser on this machine.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else "localhost"
+        match = _HOST.fullmatch(host)
+        if match is None or not is_loopback(match[1] or match[2]):
+            error = ForbiddenHostError(
+                f"the Host {host[:80]!r} is not this machine's own: ask for http://127.0.0.1 or "
+                "http://localhost, or set DESHIFT_API_KEY"
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
 class ApiKey:
     """Lets only requests with the bearer key through, except on the open paths."""
 
@@ -118,20 +158,23 @@ class ApiKey:
 
 
 class BodyLimit:
-    """Refuses a body over the limit before it is parsed, whether its length is declared or not."""
+    """Refuses a body over the limit, or beyond what all bodies together may take, before it is
+    parsed, whether its length is declared or not.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Handlers give the body's share back (`body_share_of`) when they hold nothing of it any more.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, budget: BodyBudget) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._budget = budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        share = scope["state"]["body_share"] = BodyShare(self._budget)
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
-            return
         num_bytes = 0
 
         async def receive_limited() -> Message:
@@ -139,11 +182,20 @@ class BodyLimit:
             message = await receive()
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_bytes:
-                    raise self._too_large()
+                self._take(share, num_bytes)
             return message
 
-        await self._app(scope, receive_limited, send)
+        try:
+            self._take(share, int(declared) if declared.isdecimal() else 0)
+        except (BodyTooLargeError, QueueFullError) as error:
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive_limited, send)
+        finally:
+            share.release()
 
-    def _too_large(self) -> BodyTooLargeError:
-        return BodyTooLargeError(f"the body is larger than {self._max_bytes} bytes")
+    def _take(self, share: BodyShare, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise BodyTooLargeError(f"the body is larger than {self._max_bytes} bytes")
+        share.grow_to(num_bytes)

@@ -5,7 +5,7 @@ nothing here are dropped by list. Nothing past convert.py sees these models.
 """
 
 import json
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import (
     BaseModel,
@@ -60,12 +60,31 @@ class Wire(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class TextPart(Wire):
+class Echoed(Wire):
+    """A piece of history. Clients give back what their libraries made of it: an unknown field that
+    holds nothing (null, or []) is ignored, and `ignored` ones whatever they hold.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_ignored(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: held
+            for name, held in value.items()
+            if name in cls.model_fields or not (held in (None, []) or name in cls.ignored)
+        }
+
+
+class TextPart(Echoed):
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(Wire):
+class RefusalPart(Echoed):
     type: Literal["refusal"]
     refusal: str
 
@@ -76,14 +95,15 @@ def _image_object(value: object) -> object:
     return value
 
 
-class ImageUrl(Wire):
+class ImageUrl(Echoed):
     """`detail` is accepted and has no effect: the model's processor decides the resolution."""
 
+    ignored = frozenset({"format"})  # what the bytes are decides
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Wire):
+class ImagePart(Echoed):
     type: Literal["image_url"]
     image_url: Annotated[ImageUrl, BeforeValidator(_image_object)]
 
@@ -101,7 +121,7 @@ UserPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 AssistantPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
-class SystemMessage(Wire):
+class SystemMessage(Echoed):
     """`developer` is OpenAI's newer name of `system`. `name` is accepted and ignored throughout."""
 
     role: Literal["system", "developer"]
@@ -109,29 +129,25 @@ class SystemMessage(Wire):
     name: str | None = None
 
 
-class UserMessage(Wire):
+class UserMessage(Echoed):
     role: Literal["user"]
     content: Annotated[list[UserPart], BeforeValidator(_as_parts)]
     name: str | None = None
 
 
-class AssistantMessage(Wire):
-    """An earlier answer, in the form in which the clients' libraries give it back."""
+class AssistantMessage(Echoed):
+    """An earlier answer; without content and refusal an empty one. Calls of tools are refused."""
 
+    ignored = Echoed.ignored | {
+        "annotations",
+        "provider_specific_fields",
+        "reasoning",
+        "reasoning_content",
+    }
     role: Literal["assistant"]
     content: Annotated[list[AssistantPart], BeforeValidator(_as_parts)] | None = None
     refusal: str | None = None
     name: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> "AssistantMessage":
-        if self.content is None and self.refusal is None:
-            raise ValueError("an assistant message needs content or a refusal")
-        return self
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
@@ -178,7 +194,7 @@ class ChatCompletionRequest(Wire):
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
     logit_bias: (
         dict[
             Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
@@ -194,6 +210,12 @@ class ChatCompletionRequest(Wire):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool | None = None
     steering: SteeringOverride | None = None
+
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def _unlimited(cls, value: object) -> object:
+        """Local user interfaces send -1."""
+        return None if type(value) is int and value == -1 else value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -274,6 +296,8 @@ def _refuse_half_surrogates(data: object) -> None:
     """JSON can spell half a character, which is no text: no tokenizer or answer can hold it."""
     try:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except RecursionError:  # what was just within reach of the parser need not be of this
+        raise InvalidRequestError("the body is nested too deeply", code="invalid_json") from None
     except UnicodeEncodeError:
         message = "the body holds half of a surrogate pair (\\ud800 to \\udfff)"
         raise InvalidRequestError(message, code="invalid_json") from None
@@ -305,8 +329,6 @@ def _message(problem: Any) -> str:
             return "must be an object"
         case "extra_forbidden":
             return "is not supported here: leave it out"
-        case "none_required":
-            return "is not supported here: must be null or absent"
         case "missing":
             return "is required"
     return str(problem["msg"].removeprefix("Value error, "))

@@ -69,7 +69,7 @@ async def run(app: FastAPI, sock: socket.socket) -> None:
 class DrainingServer(uvicorn.Server):
     """On the first signal: 503 for what is new, until what runs has finished; then stop.
 
-    On the second signal: stop at once.
+    On the second signal: stop at once. What runs ends with an error.
     """
 
     def __init__(self, app: FastAPI, services: Services) -> None:
@@ -85,7 +85,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._services = services
         self._loop = asyncio.get_running_loop()
-        self._draining: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so: from here on signals are handled."""
@@ -95,15 +95,21 @@ class DrainingServer(uvicorn.Server):
             log.info("serving %s on http://%s:%d", self._services.model_name, host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._services.in_flight.is_draining:
-            super().handle_exit(sig, frame)
-            return
+        del frame
+        is_second = self._services.in_flight.is_draining
         self._services.in_flight.is_draining = True
-        self._loop.call_soon_threadsafe(self._begin_draining, signal.Signals(sig).name)
+        react = self._stop_at_once if is_second else self._begin_draining
+        self._loop.call_soon_threadsafe(react, signal.Signals(sig).name)
 
     def _begin_draining(self, name: str) -> None:
         log.info("%s: draining %d requests", name, self._services.in_flight.count)
-        self._draining = asyncio.create_task(self._drain())
+        self._tasks.append(asyncio.create_task(self._drain()))
+
+    def _stop_at_once(self, name: str) -> None:
+        log.info("%s: ending %d requests", name, self._services.in_flight.count)
+        self._tasks.append(asyncio.create_task(drain(self._services, timeout_s=0.0)))
+        self.config.timeout_graceful_shutdown = 1  # for connections whose client does not read
+        self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
         try:

@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from server.config import Settings
 from server.engine.api import Engine
+from server.engine.types import QueueFullError
 from server.errors import UnavailableError
 from server.generation import EventBridge
 from server.media import MediaLimits
@@ -22,6 +23,39 @@ class InFlight:
         self.is_draining = False
 
 
+class BodyBudget:
+    """Bytes of request bodies that are held at this moment, over all requests. Event loop only."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held = 0
+
+
+class BodyShare:
+    """What one request holds of the budget: it grows with the body and is given back once."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._num_bytes = 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """Raises QueueFullError when the budget has no room."""
+        more = num_bytes - self._num_bytes
+        if more <= 0:
+            return
+        if self._budget.held + more > self._budget.max_bytes:
+            raise QueueFullError(
+                f"the bodies of other requests fill the {self._budget.max_bytes} bytes that are "
+                "kept for them; try again later"
+            )
+        self._budget.held += more
+        self._num_bytes = num_bytes
+
+    def release(self) -> None:
+        self._budget.held -= self._num_bytes
+        self._num_bytes = 0
+
+
 @dataclass(frozen=True)
 class Services:
     settings: Settings
@@ -31,6 +65,7 @@ class Services:
     media_limits: MediaLimits
     created: int  # wall time, for /v1/models
     pool: ThreadPoolExecutor  # decodes images and runs processors
+    bodies: BodyBudget
     in_flight: InFlight = field(default_factory=InFlight)
     bridge: EventBridge = field(default_factory=EventBridge)
 

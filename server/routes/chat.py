@@ -1,14 +1,19 @@
 """POST /v1/chat/completions: one request, from its body to its last byte.
 
 body -> wire model -> plan -> pictures and prompt (thread pool) -> engine -> events -> answer.
+One deadline, set on arrival, holds for all of it.
 """
 
 import asyncio
 import time
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from server.answers import StreamResponse, WholeResponse
 from server.convert import (
@@ -20,9 +25,9 @@ from server.convert import (
 )
 from server.engine.types import EngineInputs, EngineRequest, QueueFullError
 from server.errors import InvalidRequestError, RequestTimeoutError
-from server.generation import Generation
+from server.generation import ClientLeftError, Generation, until_left
 from server.media import decode_images
-from server.middleware import record_of
+from server.middleware import body_share_of, record_of
 from server.policy import decide
 from server.protocol import ChatCompletionRequest, parse_chat
 from server.routes.models import check_model
@@ -38,27 +43,24 @@ router = APIRouter()
 async def create_chat_completion(request: Request) -> Response:
     services, record = services_of(request), record_of(request.scope)
     _refuse_overload(services)
-    wire = parse_chat(await _body(request, services.settings.request_timeout_s))
-    check_model(services, wire.model)
-    _check_num_choices(services, wire)
-    plan, steering = _steering(services, wire)
-    record.steering = steering_header(plan).replace(" ", "")
-    inputs = await asyncio.get_running_loop().run_in_executor(
-        services.pool, _prepare, services, wire
-    )
+    deadline = record.started + services.settings.request_timeout_s
+    async with _until(deadline):
+        wire = parse_chat(await _body(request))
+        check_model(services, wire.model)
+        _check_num_choices(services, wire)
+        plan, steering = _steering(services, wire)
+        record.steering = steering_header(plan).replace(" ", "")
+        inputs = await _prepared(services, wire, request.receive)
+    body_share_of(request.scope).release()
     generation = Generation(services.engine, services.bridge)
     engine_request = EngineRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         inputs=inputs,
-        params=sampling_params(
-            wire,
-            prompt_len=len(inputs.token_ids),
-            max_model_len=services.engine.max_model_len,
-        ),
+        params=sampling_params(wire),
         plan=plan,
         delta=steering.delta,
         emit=generation.emit,
-        timeout_s=services.settings.request_timeout_s,
+        timeout_s=deadline - time.monotonic(),
     )
     head = AnswerHead(
         id=engine_request.request_id,
@@ -89,15 +91,22 @@ def _check_num_choices(services: Services, wire: ChatCompletionRequest) -> None:
         raise InvalidRequestError(f"n: {wire.n}; the limit is {limit}", param="n")
 
 
-async def _body(request: Request, timeout_s: float) -> bytes:
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """Raises RequestTimeoutError at `deadline` (monotonic), wherever the block is then."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise RequestTimeoutError("the request timed out before its generation began") from None
+
+
+async def _body(request: Request) -> bytes:
+    """Read here, since Request.body() would keep it as long as the answer takes."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":  # also keeps other sites' forms off a loopback server
         raise InvalidRequestError("the content-type must be application/json")
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await request.body()
-    except TimeoutError:
-        raise RequestTimeoutError(f"the body did not arrive within {timeout_s:g} s") from None
+    return b"".join([chunk async for chunk in request.stream()])
 
 
 def _steering(services: Services, wire: ChatCompletionRequest) -> tuple[SteeringPlan, RowSteering]:
@@ -109,6 +118,28 @@ def _steering(services: Services, wire: ChatCompletionRequest) -> tuple[Steering
         return plan, services.vectors.steering(plan, vectors)
     except PlanError as error:
         raise InvalidRequestError(str(error), param="steering") from None
+
+
+async def _prepared(
+    services: Services, wire: ChatCompletionRequest, client: Receive
+) -> EngineInputs:
+    """Pictures and prompt, made in the pool.
+
+    What the pool has not begun when the deadline passes or the client leaves is never begun.
+    Raises ClientLeftError.
+    """
+    loop = asyncio.get_running_loop()
+    work = loop.run_in_executor(services.pool, _prepare, services, wire)
+    left = asyncio.create_task(until_left(client))
+    try:
+        either: set[asyncio.Future[Any]] = {work, left}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientLeftError
+        return work.result()
+    finally:
+        work.cancel()
+        left.cancel()
 
 
 def _prepare(services: Services, wire: ChatCompletionRequest) -> EngineInputs:

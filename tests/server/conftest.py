@@ -55,7 +55,7 @@ def client_for(fake_engine: FakeEngine, store: Store) -> Iterator[Callable[..., 
 
     def make(**changes: Any) -> TestClient:
         app = create_app(make_settings(**changes), engine=fake_engine, store=store)
-        client = TestClient(app, raise_server_exceptions=True)
+        client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=True)
         client.__enter__()
         opened.append(client)
         return client

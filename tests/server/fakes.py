@@ -67,6 +67,7 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.refusal: EngineError | None = None  # what submit or prepare raises
         self.prepare_error: Exception | None = None
+        self.prepare_gate: threading.Event | None = None  # what prepare waits for
         self.start_error: EngineError | None = None
         self.max_model_len = 100
         self.identity = make_identity()
@@ -85,6 +86,8 @@ class FakeEngine:
         if self.prepare_error is not None:
             raise self.prepare_error
         self.prompts.append((messages, images))
+        if self.prepare_gate is not None:
+            assert self.prepare_gate.wait(10)
         texts = [part.get("text", "") for message in messages for part in message["content"]]
         length = sum(map(len, texts)) + 10 * len(images)
         return EngineInputs(
@@ -92,7 +95,6 @@ class FakeEngine:
             image_tensors={"pixel_values": torch.zeros(1)} if images else {},
             position_ids=torch.arange(length)[None],
             next_position=length,
-            num_image_tokens=10 * len(images),
         )
 
     def submit(self, request: EngineRequest) -> None:

@@ -50,7 +50,7 @@ def real(checkpoint: Path, tmp_path: Path) -> Iterator[TestClient]:
     settings = settings_for(checkpoint, tmp_path)
     app = create_app(settings)
     publish(settings, app.state.services.engine.identity)
-    with TestClient(app) as client:
+    with TestClient(app, "http://127.0.0.1") as client:
         yield client
 
 
@@ -88,7 +88,7 @@ def test_vectors_for_another_model_leave_the_server_up_and_not_ready(
 ) -> None:
     settings = settings_for(checkpoint, tmp_path)
     publish(settings, make_identity())
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), "http://127.0.0.1") as client:
         ready = client.get("/ready")
         assert ready.status_code == 503
         assert "does not fit" in ready.json()["steering"]["problem"]

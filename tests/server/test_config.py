@@ -85,3 +85,8 @@ def test_the_constructor_refuses_what_the_environment_may_not_hold(changes: Any)
 
 def test_the_home_directory_is_expanded() -> None:
     assert Settings(cache=Path("~/x")).cache == Path.home() / "x"
+
+
+def test_a_budget_of_bodies_that_could_not_hold_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="DESHIFT_MAX_BODY_BYTES 2048 is over .* 1024"):
+        Settings(max_body_bytes=2048, max_buffered_bytes=1024)

@@ -162,3 +162,32 @@ def test_the_count_in_flight_returns_to_zero_whatever_happened(
     fake_engine.prepare_error = RuntimeError("boom")
     assert client.post(PATH, json=chat_body()).status_code == 500
     assert in_flight.count == 0
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "localhost:8000", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:9"],
+)
+def test_a_loopback_host_is_served(client: TestClient, host: str) -> None:
+    assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", PATH, "/nowhere"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "",
+     "192.168.0.2:8000", "[::2]", "[localhost]x", "127.0.0.1:8000:1", "user@localhost"],
+)  # fmt: skip
+def test_another_sites_name_that_resolves_to_loopback_is_refused(
+    client: TestClient, fake_engine: FakeEngine, path: str, host: str
+) -> None:
+    """DNS rebinding: a page on evil.example made to resolve to 127.0.0.1 could use the server."""
+    response = client.post(path, json=chat_body(), headers={"host": host})
+    assert response.status_code == 403
+    assert error_of(response)["code"] == "host_not_allowed"
+    assert not fake_engine.requests
+
+
+def test_with_a_key_any_host_will_do(client_for: Callable[..., TestClient]) -> None:
+    headers = {"authorization": f"Bearer {KEY}", "host": "models.example"}
+    assert client_for(api_key=KEY).get("/v1/models", headers=headers).status_code == 200

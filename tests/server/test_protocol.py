@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from server.convert import engine_messages
 from server.errors import InvalidRequestError
 from server.protocol import parse_chat
 from tests.server.fakes import chat_body
@@ -102,6 +103,9 @@ def test_what_changes_nothing_or_is_honoured_is_accepted(fields: dict[str, Any])
         ("presence_penalty", 3, "presence_penalty"),
         ("frequency_penalty", -3, "frequency_penalty"),
         ("repetition_penalty", 0, "repetition_penalty"),
+        ("repetition_penalty", 2.1, "repetition_penalty"),
+        ("max_tokens", -2, "max_tokens"),
+        ("max_tokens", -1.0, "max_tokens"),
         ("logit_bias", {"5": 101}, "logit_bias.5"),
         ("logit_bias", [5], "logit_bias"),
         ("stop", ["a", "b", "c", "d", "e"], "stop"),
@@ -166,12 +170,23 @@ def test_a_field_that_is_missing_is_named() -> None:
         ),
         ({"role": "system", "content": [IMAGE]}, "messages[0].content[0].type", "'text'"),
         ({"role": "assistant", "content": [IMAGE]}, "messages[0].content[0]", "'refusal'"),
-        ({"role": "assistant", "content": None}, "messages[0]", "needs content"),
         (
-            {"role": "assistant", "content": "x", "tool_calls": [{"id": "a"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]},
             "messages[0].tool_calls",
-            "",
+            "not supported",
         ),
+        (
+            {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
+            "messages[0].function_call",
+            "not supported",
+        ),
+        (
+            {"role": "assistant", "content": "x", "audio": {"id": "a"}},
+            "messages[0].audio",
+            "not supported",
+        ),
+        ({"role": "user", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls", ""),
+        ({"role": "user", "content": "x", "format": "png"}, "messages[0].format", ""),
     ],
 )
 def test_a_malformed_message_is_refused_at_its_place(message: Any, param: str, words: str) -> None:
@@ -219,3 +234,68 @@ def test_an_answer_of_ours_may_be_sent_back_as_the_clients_dump_it() -> None:
     body = chat_body()
     body["messages"] += [answer, {"role": "user", "content": "And?", "name": "me"}]
     assert len(parse_chat(json.dumps(body).encode()).messages) == 3
+
+
+@pytest.mark.parametrize(
+    "echoed",
+    [
+        {"role": "assistant", "content": "Hi", "provider_specific_fields": {"x": 1}},
+        {"role": "assistant", "content": "Hi", "reasoning_content": "hm", "reasoning": {"a": 1}},
+        {"role": "assistant", "content": "Hi", "annotations": [{"type": "url_citation"}]},
+        {"role": "assistant", "content": "Hi", "refusal": None, "audio": None, "tool_calls": []},
+        {"role": "assistant", "content": "Hi", "cache_control": {"type": "ephemeral"}},
+        {"role": "assistant", "content": "Hi", "thinking_blocks": None},
+        {"role": "system", "content": "Hi", "cache_control": {}, "tool_calls": None},
+        {"role": "user", "content": "Hi", "tool_call_id": None},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}},
+                {**IMAGE, "cache_control": None},
+                {"type": "image_url", "image_url": {"url": "data:,", "format": "image/png"}},
+            ],
+        },
+    ],
+)
+def test_what_clients_add_when_they_echo_a_conversation_is_ignored(echoed: dict[str, Any]) -> None:
+    """A second turn from common clients was a 400: LiteLLM and others send back what they got,
+    with fields of their own and nulls.
+    """
+    body = chat_body()
+    body["messages"].append(echoed)
+    (_, message) = parse_chat(json.dumps(body).encode()).messages
+    assert message.model_dump(exclude_none=True).keys() == {"role", "content"}
+
+
+@pytest.mark.parametrize("message", [{"content": None}, {"content": None, "tool_calls": []}, {}])
+def test_an_assistant_message_without_content_is_an_empty_one(message: dict[str, Any]) -> None:
+    """An empty answer comes back as null from some clients, and was a 400."""
+    body = chat_body()
+    body["messages"].append({"role": "assistant", **message})
+    messages = engine_messages(parse_chat(json.dumps(body).encode()).messages)
+    assert messages[1] == {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+
+
+def test_max_tokens_minus_one_is_none_at_all() -> None:
+    """Local user interfaces send it for "unlimited", and got a 400."""
+    assert parse_chat(json.dumps(chat_body(max_tokens=-1)).encode()).max_tokens is None
+
+
+def test_a_tiny_repetition_penalty_is_refused() -> None:
+    """Logits divided by it overflowed to NaN, and the whole request failed in the engine."""
+    assert refusal_of(chat_body(repetition_penalty=1e-40)).param == "repetition_penalty"
+    assert parse_chat(json.dumps(chat_body(repetition_penalty=0.01)).encode())
+
+
+def test_deep_nesting_beside_an_escape_is_a_400_at_most() -> None:
+    """The search for half surrogates recursed deeper than the parser: a RecursionError, so 500."""
+    head = json.dumps(chat_body()).encode()[:-1]
+    results = []
+    for depth in range(50, 1050):  # the few where only the search fails depend on the stack
+        inner = b"[" * depth + b'"\\ud83d\\ude00"' + b"]" * depth
+        try:
+            parse_chat(head + b', "metadata": {"a": ' + inner + b"}}")
+            results.append("parsed")
+        except InvalidRequestError as error:
+            results.append(str(error))
+    assert set(results) == {"parsed", "the body is nested too deeply"}

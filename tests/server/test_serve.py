@@ -1,6 +1,7 @@
 """A server on a real socket: clients that leave, draining, startup that fails."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -30,7 +31,7 @@ def send(live: LiveServer, body: dict[str, Any]) -> socket.socket:
     """Post a request by hand and leave its connection open."""
     content = json.dumps(body).encode()
     connection = live.connect()
-    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
     return connection
 
@@ -148,7 +149,7 @@ def test_a_body_that_never_comes_is_a_408(fake_engine: FakeEngine, store: Memory
     with live_server(fake_engine, store, request_timeout_s=0.05) as live:
         connection = live.connect()
         connection.sendall(
-            f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             "content-length: 10\r\n\r\n{".encode()
         )
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
@@ -161,7 +162,7 @@ def test_a_large_body_is_refused_while_it_is_being_sent(
     with live_server(fake_engine, store, max_body_bytes=100_000) as live:
         connection = live.connect()
         connection.sendall(
-            f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             "transfer-encoding: chunked\r\n\r\n".encode()
         )
         chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
@@ -170,6 +171,82 @@ def test_a_large_body_is_refused_while_it_is_being_sent(
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
         connection.close()
         assert httpx.post(live.url + PATH, json=chat_body()).status_code == 200
+
+
+def test_a_client_that_leaves_while_its_prompt_is_prepared_is_not_generated_for(
+    live: LiveServer, fake_engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody looked for the client until the engine ran: what waited for the pool was decoded."""
+    fake_engine.prepare_gate = threading.Event()
+    pool = live.services.pool
+    held = [pool.submit(fake_engine.prepare_gate.wait, 10) for _ in range(8)]
+    connection = send(live, chat_body(images=1))
+    wait_until(lambda: live.services.bodies.held > 0)
+    connection.close()
+    wait_until(lambda: live.services.in_flight.count == 0)
+    fake_engine.prepare_gate.set()
+    assert all(future.result() for future in held)
+    assert httpx.post(live.url + PATH, json=chat_body("after")).status_code == 200
+    assert len(fake_engine.prompts) == len(fake_engine.requests) == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(
+    live: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was logged as a failure of ours, with a traceback and status 500."""
+    caplog.set_level(logging.INFO, "deshift.requests")
+    connection = live.connect()
+    connection.sendall(
+        f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        "content-length: 10\r\n\r\n{".encode()
+    )
+    wait_until(lambda: live.services.bodies.held == 10)
+    connection.close()
+    wait_until(lambda: live.services.in_flight.count == 0)
+    assert live.services.bodies.held == 0
+    (line,) = caplog.messages
+    assert "status=499" in line
+
+
+def test_the_second_signal_ends_running_requests_at_once(
+    fake_engine: FakeEngine, store: MemoryStore
+) -> None:
+    """It only cut the wait for uvicorn's connections: the engine went on for drain_timeout_s."""
+    with live_server(fake_engine, store, drain_timeout_s=60.0) as live:
+        fake_engine.script = plays(TextEvent(0, "early"), threading.Event())
+        with httpx.stream("POST", live.url + PATH, json=chat_body(stream=True)) as response:
+            lines = response.iter_lines()
+            next(lines)
+            live.signal(signal.SIGTERM)
+            wait_until(lambda: fake_engine.state == "draining")
+            start = time.monotonic()
+            live.signal(signal.SIGINT)
+            rest = [line for line in lines if line]
+            assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == (
+                "generation_draining"
+            )
+        live.join()
+        assert time.monotonic() - start < 4
+    assert fake_engine.state == "stopped"
+
+
+def test_the_second_signal_does_not_wait_for_a_body_that_never_comes(
+    fake_engine: FakeEngine, store: MemoryStore
+) -> None:
+    with live_server(fake_engine, store) as live:
+        connection = live.connect()
+        connection.sendall(
+            f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            "content-length: 10\r\n\r\n{".encode()
+        )
+        wait_until(lambda: live.services.in_flight.count == 1)
+        start = time.monotonic()
+        live.signal(signal.SIGTERM)
+        live.signal(signal.SIGTERM)
+        live.join()
+        assert time.monotonic() - start < 4  # uvicorn's own wait is LAST_BYTES_S
+        connection.close()
 
 
 # -------------------------------------------------------------------------------------- startup
