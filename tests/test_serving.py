@@ -277,7 +277,8 @@ def test_a_client_that_leaves_mid_stream_frees_its_row(server: Server) -> None:
 
 
 def test_sigterm_finishes_what_runs_and_refuses_what_is_new(site: Site, tmp_path: Path) -> None:
-    with serving(site, tmp_path) as server, ThreadPoolExecutor() as pool:
+    patience = {"DESHIFT_DRAIN_TIMEOUT_S": "120"}  # 1600 tokens on a busy machine
+    with serving(site, tmp_path, **patience) as server, ThreadPoolExecutor() as pool:
         arrived = []
 
         def read_stream() -> str | None:
@@ -302,8 +303,26 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(site: Site, tmp_path
                 break
             except openai.APIConnectionError:
                 break
-        assert [future.result(30) for future in running] == ["length"] * 4
+        assert [future.result(120) for future in running] == ["length"] * 4
         assert server.process.wait(30) == 0
+
+
+def test_a_second_signal_ends_the_process_cleanly_while_an_answer_runs(
+    site: Site, tmp_path: Path
+) -> None:
+    """Raised again by uvicorn after its end, it killed the process: no exit code 0."""
+    with serving(site, tmp_path) as server:
+        stream = server.client().chat.completions.create(
+            messages=about("Hi", 1), stream=True, **ENDLESS
+        )
+        next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        while server.ready()["draining"] is False:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="the server stopped"):
+            list(stream)
+        assert server.process.wait(10) == 0
 
 
 def test_kill_and_restart_lose_no_vector(site: Site, tmp_path: Path) -> None:
