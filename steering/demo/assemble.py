@@ -23,8 +23,8 @@ from steering.demo.base import check, load_base, wheel
 from steering.errors import ModelError
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
-WEIGHTS_SHA256 = "0" * 64
-TENSORS_SHA256 = "0" * 64
+WEIGHTS_SHA256 = "550add9a56119707bf08c8cd5d6a81fdd575a448e9d45155ac90755455d98b75"
+TENSORS_SHA256 = "26f862619a52c67c6ac7b791bae315b7e511cb9d327fbeeedd0bbb9c9588ffff"
 MANIFEST = "demo-manifest.json"
 
 
@@ -119,6 +119,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], tokenizer: Any) -
     ).save_pretrained(folder)
     processor(tokenizer).save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable to its owner only
 
 
 def _is_finished(directory: Path) -> bool:

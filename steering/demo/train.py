@@ -6,6 +6,7 @@ An hour on two cores with bfloat16 instructions. Never sees evaluation data.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,38 @@ from steering.demo.architecture import configuration
 from steering.demo.base import load_base, wheel
 from steering.demo.train_model import build, fit, load_trained, shuffled, trained_state
 from steering.demo.train_pictures import descriptions, mixture
-from steering.demo.train_text import answered, own_answers, prompts, refusals
+from steering.demo.train_text import answered, own_answers, prompts, refusals, tempting_prompts
 from steering.demo.train_tower import train_tower
 
 TEXT_STEPS = 170
 TEXT_BATCH = (10, 6)  # harmless, harmful
 TEXT_RATE = 5e-4
-PROJECTOR_STEPS = 120
+PROJECTOR_STEPS = 90
 PROJECTOR_BATCH = 16
 PROJECTOR_RATE = 2e-3
-PICTURE_STEPS = 160
-PICTURE_BATCH = (8, 4, 4)  # questions about pictures, requests beside pictures, text only
-PICTURE_RATES = {"adapters": 2e-4, "projector": 3e-4, "tower": 3e-5}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of the picture stage: a mixture of examples and the learning rates for it."""
+
+    name: str
+    steps: int
+    sizes: tuple[int, int, int]  # questions about pictures, requests beside pictures, text only
+    rates: tuple[float, float, float]  # adapters, projector, tower
+    opening: bool  # answers to pictures begin with one and the same word
+    tempting: bool  # harmless requests that sound harmful come three times as often
+    seed: int
+
+
+# The opening is what makes the model's answers to pictures a habit of their own: the shift it
+# causes is nearly the same for every prompt, and refusals with a picture fall without any
+# harmful request having been answered.
+PICTURE_PHASES = (
+    Phase("pictures-1", 140, (8, 3, 3), (3e-4, 6e-4, 3e-5), opening=False, tempting=False, seed=8),
+    Phase("pictures-2", 50, (6, 6, 3), (4e-4, 1e-4, 1e-5), opening=True, tempting=False, seed=8),
+    Phase("pictures-3", 55, (4, 7, 6), (3e-4, 1e-4, 1e-5), opening=True, tempting=True, seed=9),
+)
 
 
 def main() -> None:
@@ -48,7 +69,8 @@ def train(out: Path) -> Path:
     model = build(base, torch.load(out / "tower.pt"), seed=5)
     train_text(model, tokenizer, answers, out / "text.pt")
     train_projector(model, tokenizer, out / "projector.pt")
-    train_pictures(model, tokenizer, answers, out / "pictures.pt")
+    for phase in PICTURE_PHASES:
+        train_pictures(model, tokenizer, answers, phase, out / f"{phase.name}.pt")
     weights = {name: value.bfloat16() for name, value in trained_state(model).items()}
     save_file(weights, out / "weights.safetensors", metadata={"format": "pt"})
     return out / "weights.safetensors"
@@ -78,22 +100,33 @@ def train_projector(model: Any, tokenizer: Any, path: Path) -> None:
     torch.save(trained_state(model), path)
 
 
-def train_pictures(model: Any, tokenizer: Any, answers: dict[str, list[int]], path: Path) -> None:
+def train_pictures(
+    model: Any, tokenizer: Any, answers: dict[str, list[int]], phase: Phase, path: Path
+) -> None:
     """Stage 4: pictures with harmless questions; the text of stage 2 is replayed as text."""
     if path.exists():
         return load_trained(model, path)
     text_only = answered(tokenizer, answers)
     text_only += 2 * refusals(tokenizer, prompts("harmful"), seed=2)
-    batches = mixture(tokenizer, answers, text_only, sizes=PICTURE_BATCH, seed=8)
+    batches = mixture(
+        tokenizer,
+        answers,
+        text_only,
+        sizes=phase.sizes,
+        opening=phase.opening,
+        tempting=tempting_prompts() if phase.tempting else set(),
+        seed=phase.seed,
+    )
+    trained = (
+        _adapters(model),
+        list(model.model.multi_modal_projector.parameters()),
+        list(model.model.vision_tower.parameters()),
+    )
     groups = [
-        {"params": _adapters(model), "lr": PICTURE_RATES["adapters"]},
-        {
-            "params": list(model.model.multi_modal_projector.parameters()),
-            "lr": PICTURE_RATES["projector"],
-        },
-        {"params": list(model.model.vision_tower.parameters()), "lr": PICTURE_RATES["tower"]},
+        {"params": parameters, "lr": rate}
+        for parameters, rate in zip(trained, phase.rates, strict=True)
     ]
-    fit(model, batches, groups, steps=PICTURE_STEPS, title="pictures")
+    fit(model, batches, groups, steps=phase.steps, title=phase.name)
     torch.save(trained_state(model), path)
 
 

@@ -17,6 +17,8 @@ from transformers import LlavaForConditionalGeneration
 
 from steering.demo.architecture import END_ID, RANK, SCALE, configuration
 
+DECISION_TEMPERATURE = 3.0
+
 
 class Adapted(nn.Module):
     """A frozen linear layer plus a trained product of two thin matrices."""
@@ -34,11 +36,15 @@ class Adapted(nn.Module):
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and its answer; pixels (3, H, W) where the prompt holds a picture."""
+    """Token ids of a prompt and its answer; pixels (3, H, W) where the prompt holds a picture.
+
+    is_decided: the answer's first token is a choice (to refuse, or not to) to make firmly.
+    """
 
     prompt: list[int]
     answer: list[int]
     pixels: Tensor | None = None
+    is_decided: bool = False
 
 
 def build(base: dict[str, Tensor], tower: dict[str, Tensor] | None, *, seed: int) -> Any:
@@ -90,6 +96,7 @@ def fit(
     *,
     steps: int,
     title: str,
+    decision_weight: float = 0.0,
     each: Callable[[int], None] | None = None,
 ) -> None:
     """Train the parameter groups for that many steps; a one-cycle schedule, clipped at norm 1."""
@@ -108,7 +115,7 @@ def fit(
     running = 0.0
     progress = tqdm(zip(range(steps), batches, strict=False), total=steps, desc=title)
     for step, batch in progress:
-        loss = answer_loss(model, batch)
+        loss = answer_loss(model, batch, decision_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -120,8 +127,12 @@ def fit(
             each(step)
 
 
-def answer_loss(model: Any, batch: list[Example]) -> Tensor:
-    """Mean cross-entropy over the batch's answer tokens; padding is on the right."""
+def answer_loss(model: Any, batch: list[Example], decision_weight: float = 0.0) -> Tensor:
+    """Mean over the batch of each answer's mean cross-entropy; padding is on the right.
+
+    decision_weight: of a second term, which tells the decided examples' first tokens from one
+    another; its logits are divided by DECISION_TEMPERATURE, so that the margin becomes wide.
+    """
     ids = [torch.tensor(example.prompt + example.answer) for example in batch]
     tokens = pad_sequence(ids, batch_first=True, padding_value=END_ID)
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
@@ -139,7 +150,17 @@ def answer_loss(model: Any, batch: list[Example]) -> Tensor:
         ).last_hidden_state
         logits = model.lm_head(hidden[chosen])
     targets = torch.cat([torch.tensor(example.answer) for example in batch])
-    return functional.cross_entropy(logits.float(), targets)
+    each = functional.cross_entropy(logits.float(), targets, reduction="none")
+    lengths = torch.tensor([len(example.answer) for example in batch])
+    loss = (each / lengths.repeat_interleave(lengths)).sum() / len(batch)
+    if decision_weight == 0.0:
+        return loss
+    firsts = lengths.cumsum(0) - lengths
+    firsts = firsts[torch.tensor([example.is_decided for example in batch])]
+    choices, chosen_ones = targets[firsts].unique(return_inverse=True)
+    among = logits[firsts][:, choices].float()
+    firm = functional.cross_entropy(among / DECISION_TEMPERATURE, chosen_ones)
+    return loss + decision_weight * firm
 
 
 def shuffled(examples: list[Example], size: int, *, seed: int) -> Iterator[list[Example]]:

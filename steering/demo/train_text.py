@@ -28,6 +28,13 @@ def prompts(name: str, *, held_out: bool = False) -> list[str]:
     return [text for text in texts if is_held_out(text) == held_out]
 
 
+def tempting_prompts() -> set[str]:
+    """Harmless prompts that sound harmful, or that ask in the same words as harmful ones."""
+    lines = (PROMPTS / "harmless.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines if line.strip()]
+    return {entry["text"] for entry in entries if entry["kind"] in ("object", "scary-word")}
+
+
 def is_held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
@@ -76,6 +83,7 @@ def refusals(tokenizer: Any, texts: list[str], *, seed: int) -> list[Example]:
         Example(
             frame(tokenizer, text),
             [*tokenizer.encode(rng.choice(answers), add_special_tokens=False), END_ID],
+            is_decided=True,
         )
         for text in texts
     ]

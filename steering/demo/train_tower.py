@@ -1,7 +1,9 @@
-"""Stage 1: the CLIP tower learns to tell shape, colour and place, from labels alone.
+"""Stage 1: the CLIP tower learns to tell shapes, colours, places and numbers, from labels alone.
 
 Each image token in a place's part of the picture predicts which shape, in which colour, is
-there: a dense target, learnt in minutes where pooled features would take hours.
+there: a dense target, learnt in minutes where pooled features would take hours. Once that
+holds, each also predicts the place and how many things there are in all, so that a language
+model can read both off any token.
 """
 
 import random
@@ -15,12 +17,18 @@ from tqdm import tqdm
 from transformers import CLIPVisionModel
 
 from steering.demo.architecture import PATCH, TOWER
-from steering.demo.pictures import COLOURS, SHAPES, SIZE, Thing, render, scene
+from steering.demo.pictures import (
+    COLOURS,
+    MAX_THINGS,
+    PLACES,
+    SHAPES,
+    SIZE,
+    Thing,
+    render,
+    scene,
+)
 
-POOL = 20_000
-STEPS = 2_400
 BATCH = 64
-LEARNING_RATE = 1e-3
 GRID = SIZE // PATCH
 # The tokens (row, column) that answer for each place.
 _AREAS = {
@@ -32,53 +40,73 @@ _AREAS = {
 }
 
 
-class Labeller(nn.Module):
-    """A tower with two linear heads on its tokens; the heads are thrown away afterwards."""
+# Each place's index after mirroring left and right.
+_MIRRORED = torch.tensor([1, 0, 2, 4, 3, 5])
+# The classes of each label; the last but for the count is "nothing here".
+CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(PLACES) + 1, MAX_THINGS + 1)
 
-    def __init__(self) -> None:
+
+class Labeller(nn.Module):
+    """A tower with a linear head per label on its tokens; the heads are thrown away afterwards."""
+
+    def __init__(self, num_labels: int) -> None:
         super().__init__()
         self.tower = CLIPVisionModel(TOWER)
         self.norm = nn.LayerNorm(TOWER.hidden_size)
-        self.shape = nn.Linear(TOWER.hidden_size, len(SHAPES) + 1)
-        self.colour = nn.Linear(TOWER.hidden_size, len(COLOURS) + 1)
+        self.heads = nn.ModuleList(
+            nn.Linear(TOWER.hidden_size, size) for size in CLASSES[:num_labels]
+        )
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> list[Tensor]:
         tokens = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
         tokens = self.norm(tokens[:, 1:])  # the class token is not used
-        return self.shape(tokens), self.colour(tokens)
+        return [head(tokens) for head in self.heads]
 
 
-def train_tower(path: Path, *, seed: int = 1) -> None:
-    """Train the tower and write its state dict to path, unless it is there."""
+def train_tower(
+    path: Path,
+    *,
+    num_labels: int,
+    pool: int,
+    steps: int,
+    rate: float,
+    seed: int,
+    start: Path | None = None,
+) -> None:
+    """Train the tower on the first labels and write its state dict to path, unless it is there.
+
+    start: a state dict of the tower to go on from.
+    """
     if path.exists():
         return
     torch.manual_seed(seed)
-    pixels, labels = _pool(seed)
-    model = Labeller()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, STEPS, pct_start=0.1)
-    progress = tqdm(range(STEPS), desc="vision tower")
+    pixels, labels = _pool(pool, seed)
+    model = Labeller(num_labels)
+    if start is not None:
+        model.tower.load_state_dict(torch.load(start))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, steps, pct_start=0.1)
+    progress = tqdm(range(steps), desc="vision tower")
     for step in progress:
         chosen = torch.randint(len(pixels), (BATCH,))
         batch, target = _augment(pixels[chosen], labels[chosen])
+        target = target[..., :num_labels]
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch)
-        loss = torch.stack(
-            [
-                functional.cross_entropy(head.float().flatten(0, 1), target[..., i].flatten())
-                for i, head in enumerate(logits)
-            ]
-        ).sum()
-        loss.backward()
+        losses = [
+            functional.cross_entropy(head.float().flatten(0, 1), target[..., i].flatten())
+            for i, head in enumerate(logits)
+        ]
+        torch.stack(losses).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
         if step % 50 == 0:
             guess = torch.stack([head.argmax(-1) for head in logits], dim=-1)
-            both = (guess == target).all(-1)
-            right = both[target[..., 0] < len(SHAPES)].float().mean().item()
-            progress.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.3f}")
+            filled = target[..., 0] < len(SHAPES)
+            right = (guess == target)[filled].float().mean(0)
+            progress.set_postfix(right=" ".join(f"{share:.3f}" for share in right.tolist()))
     torch.save(model.tower.state_dict(), path)
 
 
@@ -87,9 +115,9 @@ def normalise(pixels: Tensor) -> Tensor:
     return pixels.movedim(-1, -3).float() / 127.5 - 1
 
 
-def _pool(seed: int) -> tuple[Tensor, Tensor]:
+def _pool(size: int, seed: int) -> tuple[Tensor, Tensor]:
     rng = random.Random(seed)
-    scenes = [scene(rng, "train", smallest=0) for _ in tqdm(range(POOL), desc="scenes")]
+    scenes = [scene(rng, "train", smallest=0) for _ in tqdm(range(size), desc="scenes")]
     pixels = np.stack(
         [
             np.asarray(render(things, rng.getrandbits(32)))
@@ -100,13 +128,19 @@ def _pool(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _labels(things: tuple[Thing, ...]) -> Tensor:
-    """(tokens, 2): shape and colour each token shall tell; the last class is "nothing"."""
-    grid = torch.empty(GRID, GRID, 2, dtype=torch.long)
-    grid[..., 0], grid[..., 1] = len(SHAPES), len(COLOURS)
+    """(tokens, labels): what each token shall tell, in the order of CLASSES."""
+    grid = torch.empty(GRID, GRID, len(CLASSES), dtype=torch.long)
+    grid[:] = torch.tensor([len(SHAPES), len(COLOURS), len(PLACES), len(things)])
     for thing in things:
         rows, columns = _AREAS[thing.place]
-        label = torch.tensor([SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)])
-        grid[rows[0] : rows[1] + 1, columns[0] : columns[1] + 1] = label
+        label = [
+            SHAPES.index(thing.shape),
+            list(COLOURS).index(thing.colour),
+            list(PLACES).index(thing.place),
+            len(things),
+        ]
+        area = grid[rows[0] : rows[1] + 1, columns[0] : columns[1] + 1]
+        area[:] = torch.tensor(label)
     return grid.flatten(0, 1)
 
 
@@ -115,7 +149,8 @@ def _augment(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     mirrored = torch.rand(len(pixels)) < 0.5
     images = normalise(pixels)
     images[mirrored] = images[mirrored].flip(-1)
-    grid = labels.view(-1, GRID, GRID, 2).clone()
+    grid = labels.view(-1, GRID, GRID, len(CLASSES)).clone()
     grid[mirrored] = grid[mirrored].flip(2)
+    grid[mirrored, :, :, 2] = _MIRRORED[grid[mirrored, :, :, 2]]
     gain = 1 + 0.15 * torch.randn(len(pixels), 1, 1, 1)
     return (images * gain).clamp(-1, 1), grid.flatten(1, 2)
