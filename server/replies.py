@@ -95,6 +95,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "deshift"
+    max_model_len: int  # prompt plus answer, in tokens; vLLM names it so
 
 
 class ModelList(BaseModel):

@@ -31,4 +31,8 @@ def check_model(services: Services, name: str) -> None:
 
 
 def _model(services: Services) -> Model:
-    return Model(id=services.model_name, created=services.created)
+    return Model(
+        id=services.model_name,
+        created=services.created,
+        max_model_len=services.engine.max_model_len,
+    )

@@ -67,5 +67,6 @@ def test_the_one_model_is_listed_also_when_its_name_has_a_slash(
     assert listed["object"] == "list"
     (model,) = listed["data"]
     assert (model["id"], model["object"]) == ("org/name", "model")
+    assert model["max_model_len"] == 100, "the fake engine's"
     assert client.get("/v1/models/org/name").json() == model
     assert client.get("/v1/models/name").json()["error"]["code"] == "model_not_found"
