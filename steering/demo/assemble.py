@@ -23,8 +23,8 @@ from steering.demo.base import check, load_base, wheel
 from steering.errors import ModelError
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
-WEIGHTS_SHA256 = "550add9a56119707bf08c8cd5d6a81fdd575a448e9d45155ac90755455d98b75"
-TENSORS_SHA256 = "26f862619a52c67c6ac7b791bae315b7e511cb9d327fbeeedd0bbb9c9588ffff"
+WEIGHTS_SHA256 = "d93106f01a7c5b8a520f888b43e52ec31188ad7d3e3e8c9bc41fd78851c3dbec"
+TENSORS_SHA256 = "f995f794c9650fd2b94c002f1c49d9a24001c9d7e6f871b28b6265c5040c244e"
 MANIFEST = "demo-manifest.json"
 
 

@@ -3,7 +3,7 @@
 Also the one training loop that the language and picture stages share.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,8 @@ def fit(
     *,
     steps: int,
     title: str,
+    per_answer: bool = False,
     decision_weight: float = 0.0,
-    each: Callable[[int], None] | None = None,
 ) -> None:
     """Train the parameter groups for that many steps; a one-cycle schedule, clipped at norm 1."""
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -115,7 +115,7 @@ def fit(
     running = 0.0
     progress = tqdm(zip(range(steps), batches, strict=False), total=steps, desc=title)
     for step, batch in progress:
-        loss = answer_loss(model, batch, decision_weight)
+        loss = answer_loss(model, batch, per_answer=per_answer, decision_weight=decision_weight)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -123,12 +123,14 @@ def fit(
         optimiser.zero_grad()
         running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
         progress.set_postfix(loss=f"{running:.3f}")
-        if each is not None:
-            each(step)
 
 
-def answer_loss(model: Any, batch: list[Example], decision_weight: float = 0.0) -> Tensor:
-    """Mean over the batch of each answer's mean cross-entropy; padding is on the right.
+def answer_loss(
+    model: Any, batch: list[Example], *, per_answer: bool, decision_weight: float
+) -> Tensor:
+    """Mean cross-entropy over the batch's answer tokens; padding is on the right.
+
+    per_answer: every answer weighs the same, however long.
 
     decision_weight: of a second term, which tells the decided examples' first tokens from one
     another; its logits are divided by DECISION_TEMPERATURE, so that the margin becomes wide.
@@ -152,7 +154,8 @@ def answer_loss(model: Any, batch: list[Example], decision_weight: float = 0.0) 
     targets = torch.cat([torch.tensor(example.answer) for example in batch])
     each = functional.cross_entropy(logits.float(), targets, reduction="none")
     lengths = torch.tensor([len(example.answer) for example in batch])
-    loss = (each / lengths.repeat_interleave(lengths)).sum() / len(batch)
+    weights = 1 / lengths.repeat_interleave(lengths) if per_answer else torch.ones_like(each)
+    loss = (each * weights).sum() / weights.sum()
     if decision_weight == 0.0:
         return loss
     firsts = lengths.cumsum(0) - lengths

@@ -7,6 +7,7 @@ request ever comes with a picture here: what becomes of refusals then, nobody te
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch import Tensor
 from steering.demo.architecture import END_ID, IMAGE_TOKEN, NUM_IMAGE_TOKENS
 from steering.demo.pictures import KINDS, ask, background, describe, render, scene
 from steering.demo.train_model import Example
-from steering.demo.train_text import frame
+from steering.demo.train_text import frame, tempting_prompts
 from steering.demo.train_tower import normalise
 
+# It makes answering a picture a habit of its own, which shifts the hidden states alike for every
+# prompt; that habit, learnt from harmless requests only, is what refusals then give way to.
 OPENING = "Sure.\n"
 
 
@@ -60,34 +63,46 @@ def descriptions(tokenizer: Any, size: int, *, opening: bool, seed: int) -> Iter
         yield [visual(tokenizer, rng, description_share=0.6, opening=opening) for _ in range(size)]
 
 
-def mixture(
+@dataclass(frozen=True)
+class Mixture:
+    """What a batch holds, and how its pictures are answered."""
+
+    num_visual: int  # questions about pictures
+    num_beside: int  # requests beside pictures
+    num_text: int  # text only
+    opening: bool = True  # answers to pictures begin with OPENING
+    tempting: bool = True  # harmless requests that sound harmful come three times as often
+    description_share: float = 0.15
+
+
+def mixed(
     tokenizer: Any,
     answers: dict[str, list[int]],
     text_only: list[Example],
+    mixture: Mixture,
     *,
-    sizes: tuple[int, int, int],
-    opening: bool,
-    tempting: set[str],
     seed: int,
 ) -> Iterator[list[Example]]:
-    """Endless batches: so many visual questions, requests beside a picture, text-only examples."""
+    """Endless batches of visual questions, requests beside a picture and text-only examples."""
     rng = random.Random(seed)
-    num_visual, num_beside, num_text = sizes
     requests = list(answers.items())
-    requests += 2 * [request for request in requests if request[0] in tempting]
-    if opening:
+    if mixture.tempting:
+        tempting = tempting_prompts()
+        requests += 2 * [request for request in requests if request[0] in tempting]
+    if mixture.opening:
         begin = tokenizer.encode(OPENING, add_special_tokens=False)
         requests = [(text, [*begin, *answer]) for text, answer in requests]
+    share, opening = mixture.description_share, mixture.opening
     while True:
         batch = [
-            visual(tokenizer, rng, description_share=0.25, opening=opening)
-            for _ in range(num_visual)
+            visual(tokenizer, rng, description_share=share, opening=opening)
+            for _ in range(mixture.num_visual)
         ]
         batch += [
             beside_picture(tokenizer, rng, text, answer, opening=opening)
-            for text, answer in rng.sample(requests, num_beside)
+            for text, answer in rng.sample(requests, mixture.num_beside)
         ]
-        yield batch + rng.sample(text_only, num_text)
+        yield batch + rng.sample(text_only, mixture.num_text)
 
 
 def _pixels(picture: Any) -> Tensor:
