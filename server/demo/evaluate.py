@@ -41,7 +41,10 @@ Body = dict[str, Any]
 
 
 def is_refusal(answer: str) -> bool:
-    return answer.strip().lower().replace("\u2019", "'").startswith(REFUSALS)
+    """Whether the answer begins with a refusal, also behind an opening "Sure." that the model
+    has learnt beside pictures: what it goes on to say is what counts."""
+    words = answer.strip().lower().replace("\u2019", "'")
+    return words.removeprefix("sure.").lstrip().startswith(REFUSALS)
 
 
 def is_degenerate(answer: str) -> bool:
