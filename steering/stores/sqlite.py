@@ -7,6 +7,7 @@ kill -9 and a power cut, and readers are not blocked by a writer.
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ _SCHEMA = (
     f"pragma user_version = {_SCHEMA_VERSION}",
 )
 _BUSY_TIMEOUT_S = 30.0
+_RETRY_S = 0.01
 
 
 class SqliteStore:
@@ -101,7 +103,7 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         connection = self._connection
-        connection.execute("pragma journal_mode = wal")
+        self._begin_wal()
         connection.execute("pragma synchronous = full")
         connection.execute("pragma foreign_keys = on")
         connection.execute("begin immediate")
@@ -119,6 +121,20 @@ class SqliteStore:
                 f"store {self.path}: schema version {version}, this version of Deshift reads "
                 f"{_SCHEMA_VERSION}"
             )
+
+    def _begin_wal(self) -> None:
+        """Turn the write-ahead log on. Of several processes that create the file at once, SQLite
+        tells all but one that it is locked, without waiting its busy timeout: so wait here."""
+        deadline = time.monotonic() + _BUSY_TIMEOUT_S
+        while True:
+            try:
+                self._connection.execute("pragma journal_mode = wal")
+                return
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_S)
 
     def _record(self, vector_id: str, manifest: str, size_bytes: int) -> VectorRecord:
         try:
