@@ -1,8 +1,9 @@
 """Train the demonstration model's weights: `python -m steering.demo.train --out DIR`.
 
 The stages leave checkpoints in DIR that a later run resumes from: the vision tower (labels),
-refusals (text), the projector (descriptions), pictures with harmless questions. Some 70 minutes
-on two idle cores with bfloat16 instructions. The order is the one that the committed weights
+refusals (text), the projector (descriptions), pictures with harmless questions. About an hour or
+two on two cores with bfloat16 instructions (the stages' times added up; never run in one go, only
+resumed stage by stage). The order is the one that the committed weights
 were trained in: the tower learnt places and numbers late. Never sees evaluation data.
 """
 
