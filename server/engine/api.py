@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from server.engine.types import EngineInputs, EngineRequest, EngineStatus
+from steering.corruption import Corruption
 from steering.models import ModelIdentity
 
 
@@ -26,12 +27,16 @@ class Engine(Protocol):
         ...
 
     def prepare(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[Image.Image],
+        corruption: Corruption | None = None,
     ) -> EngineInputs:
         """Apply the chat template and the processor; CPU work, run it in a thread pool.
 
         messages: {"role", "content"}; content a string or a list of {"type": "text", "text"} and
         {"type": "image"} parts, in order; images: the pictures of all image parts, in order.
+        corruption: also make the sample level's pair of prompts, with pictures corrupted so.
         Raises InputError.
         """
         ...

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["cancelled", "timeout", "draining", "engine"]
+OnError = Literal["reject", "serve-unsteered"]
 
 
 class EngineError(Exception):
@@ -68,26 +69,71 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class EngineInputs:
+class ImageInput:
+    """One picture of a prompt.
+
+    digest: sha256 of mode, size and pixels (`steering.corruption.image_digest`). tensors: what
+    the vision tower takes for this picture alone, with the processor's own leading dimension.
+    [start, end): the prompt's tokens from its first placeholder to its last; a family that cuts
+    pictures into tiles has other tokens between. num_features: its placeholders.
+    """
+
+    digest: str
+    tensors: "dict[str, torch.Tensor]"
+    start: int
+    end: int
+    num_features: int
+
+
+@dataclass(frozen=True)
+class Prompt:
     """One prompt, ready for the model; made by `inputs.py` off the engine thread.
 
-    token_ids: the prompt with image placeholders expanded. image_tensors: what the vision tower
-    takes besides (empty for text). position_ids (P, T), int64: P = 1, or 3 for M-RoPE;
-    next_position: the position of the first generated token.
+    token_ids: with image placeholders expanded. position_ids (P, T), int64: P = 1, or 3 for
+    M-RoPE; next_position: the position of the first generated token. shared_len: how many leading
+    tokens hold nothing of any client's (template and corrupted pictures), so that their keys and
+    values may serve every tenant.
     """
 
     token_ids: tuple[int, ...]
-    image_tensors: "dict[str, torch.Tensor]"
+    images: tuple[ImageInput, ...]
     position_ids: "torch.Tensor"
     next_position: int
+    shared_len: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class ShiftPair:
+    """The two prompts whose last hidden states differ by the request's own shift.
+
+    corrupted: the same tokens as the request's prompt, with meaningless pictures of the same
+    sizes. text_only: the same conversation with the image parts left out.
+    """
+
+    corrupted: Prompt
+    text_only: Prompt
+
+
+@dataclass(frozen=True)
+class EngineInputs:
+    """What a request asks the model; `pair` where the sample-level shift is to be measured."""
+
+    prompt: Prompt
+    pair: ShiftPair | None = None
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One accepted request. `delta` (L, D) float32 is what every steered token subtracts at each
-    layer, alpha and schedule already multiplied in; None when the plan is not active.
-    `request_id` is unique. `emit` is called on the engine thread with each event and must neither
-    block nor raise.
+    """One accepted request.
+
+    `delta` (L, D) float32 is what every steered token subtracts at each layer, alpha and schedule
+    already multiplied in; None when the plan is not active or is of mode `sample`, where the
+    engine measures it from `inputs.pair`. `on_error` says what happens when that fails.
+    `namespace` (a tenant) separates what the caches hold. `request_id` is unique. `emit` is called
+    on the engine thread with each event and must neither block nor raise.
     """
 
     request_id: str
@@ -97,6 +143,8 @@ class EngineRequest:
     delta: "torch.Tensor | None"
     emit: "Callable[[EngineEvent], None]"
     timeout_s: float = math.inf
+    namespace: str = ""
+    on_error: OnError = "reject"
 
 
 @dataclass(frozen=True)
@@ -128,23 +176,41 @@ class ChoiceFinished:
 
 
 @dataclass(frozen=True)
+class SteeringApplied:
+    """What the sample level came to; precedes the first TextEvent of a request that asks for it.
+
+    relative_dose: the largest |delta_l| / |h_l| over the layers, after the cap. failure: why the
+    shift could not be measured; then nothing is subtracted (`on_error` is serve-unsteered).
+    """
+
+    relative_dose: float
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
 class RequestTimings:
-    """Seconds, from a monotonic clock. `inject_s`: spent subtracting in this request's passes."""
+    """Seconds, from a monotonic clock.
+
+    `inject_s`: spent subtracting in this request's passes. `shift_s`: spent on the two extra
+    prompts of the sample level, by their share of the tokens of each pass.
+    """
 
     queue_s: float
     prefill_s: float
     time_to_first_token_s: float
     e2e_s: float
     inject_s: float
+    shift_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Terminal: every choice has ended."""
+    """Terminal: every choice has ended. `cached_tokens` of the prompt came from the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
     timings: RequestTimings
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +221,7 @@ class Failed:
     message: str
 
 
-EngineEvent = TextEvent | ChoiceFinished | Finished | Failed
+EngineEvent = SteeringApplied | TextEvent | ChoiceFinished | Finished | Failed
 
 
 @dataclass(frozen=True)
