@@ -9,12 +9,14 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from steering.corruption import CORRUPTIONS, Corruption
 from steering.errors import PlanError
 
-Mode = Literal["off", "dataset"]
+Mode = Literal["off", "dataset", "sample"]
 Method = Literal["subtract"]
 Scope = Literal["last"]
-Reason = Literal["text-only", "disabled", "alpha-zero"]
+# The last two: it should have been steered and could not be, and the policy serves it all the same.
+Reason = Literal["text-only", "disabled", "alpha-zero", "vectors-unavailable", "shift-failed"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,12 @@ class Schedule:
 class SteeringPlan:
     """The steering of one request.
 
-    `vector_id` is the sha256 id of the vector set, None when nothing is applied; `reason` says
-    why nothing is applied and is None exactly when something is. `revision` is the policy
-    revision that decided. `max_relative_dose` caps alpha * |w_l Delta_l| / |h_l| at every layer.
+    mode `dataset` subtracts a vector set's shift, mode `sample` the request's own, measured
+    against its pictures corrupted as `corruption` says. `vector_id` is the sha256 id of the vector
+    set, None in mode `sample` and when nothing is applied; `reason` says why nothing is applied
+    and is None exactly when something is. `revision` is the policy revision that decided.
+    `max_relative_dose` caps alpha * |w_l Delta_l| / |h_l| at every layer: in mode `dataset` more
+    is refused, in mode `sample`, where nobody knows the shift beforehand, it is scaled down.
     """
 
     mode: Mode = "off"
@@ -95,6 +100,7 @@ class SteeringPlan:
     schedule: Schedule = Schedule()
     scope: Scope = "last"
     vector_id: str | None = None
+    corruption: Corruption = "blank"
     max_relative_dose: float = math.inf
     revision: int = 0
     reason: Reason | None = "disabled"
@@ -106,8 +112,13 @@ class SteeringPlan:
             raise PlanError(f"max_relative_dose {self.max_relative_dose} is not above 0")
         if (self.reason is None) != self.is_active:
             raise PlanError(f"plan {self.mode}/{self.alpha}: reason {self.reason!r} contradicts it")
-        if self.is_active and self.vector_id is None:
-            raise PlanError("a plan that steers needs the id of a vector set")
+        if self.corruption not in CORRUPTIONS:
+            kinds = ", ".join(CORRUPTIONS)
+            raise PlanError(f"corruption {self.corruption!r} is not one of: {kinds}")
+        if self.is_active and self.mode == "dataset" and self.vector_id is None:
+            raise PlanError("a plan of mode dataset needs the id of a vector set")
+        if self.is_active and self.mode == "sample" and self.vector_id is not None:
+            raise PlanError("a plan of mode sample measures its shift: it names no vector set")
 
     @property
     def is_active(self) -> bool:
@@ -115,10 +126,25 @@ class SteeringPlan:
         return self.mode != "off" and self.alpha > 0 and self.reason is None
 
     @property
+    def corruption_in_force(self) -> Corruption | None:
+        """How the pictures are corrupted that this request's own shift is measured with.
+
+        None where no shift is measured: the plan is not active, or a vector set holds its shift.
+        """
+        return self.corruption if self.is_active and self.mode == "sample" else None
+
+    def unsteered(self, reason: Reason) -> "SteeringPlan":
+        """The plan of the same revision that applies nothing, for `reason`."""
+        return SteeringPlan(revision=self.revision, reason=reason)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of everything that changes the output; equal for every spelling of nothing."""
         if not self.is_active:
             return hashlib.sha256(b"unsteered").hexdigest()
         plan = replace(self, alpha=float(self.alpha))
-        values = [f"{f.name}={getattr(plan, f.name)}" for f in fields(plan) if f.name != "revision"]
+        without = {"revision"} if self.mode == "sample" else {"revision", "corruption"}
+        values = [
+            f"{f.name}={getattr(plan, f.name)}" for f in fields(plan) if f.name not in without
+        ]
         return hashlib.sha256("; ".join(values).encode()).hexdigest()

@@ -42,6 +42,10 @@ class InputError(EngineError):
         self.param = param
 
 
+class PairError(InputError):
+    """The sample level's two prompts cannot be made (HTTP 400)."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. Values are validated at the edge; these are the engine's bounds.

@@ -16,6 +16,10 @@ def active(**changes: Any) -> SteeringPlan:
     return SteeringPlan(**values | changes)
 
 
+def sample(**changes: Any) -> SteeringPlan:
+    return active(**{"mode": "sample", "vector_id": None} | changes)
+
+
 @pytest.mark.parametrize(
     ("text", "layers", "kind"),
     [
@@ -69,6 +73,8 @@ def test_every_spelling_of_nothing_is_one_plan() -> None:
         active(alpha=0, reason="alpha-zero"),
         active(reason="text-only"),
         active(reason="disabled", revision=9),
+        sample(reason="shift-failed", corruption="noise"),
+        active(reason="vectors-unavailable"),
     ]
     assert not any(plan.is_active for plan in nothing)
     assert len({plan.fingerprint for plan in nothing}) == 1
@@ -84,8 +90,24 @@ def test_the_fingerprint_changes_with_what_changes_the_output_and_not_with_the_r
         active(schedule=Schedule.parse("incremental")),
         active(schedule=Schedule.parse("incremental:0-3")),
         active(vector_id="e" * 64),
+        sample(),
+        sample(corruption="noise"),
     ]
-    assert len({p.fingerprint for p in [plan, *different]}) == 6
+    assert len({p.fingerprint for p in [plan, *different]}) == 8
+
+
+def test_the_corruption_counts_only_where_the_shift_is_measured_with_it() -> None:
+    """A vector set has a corruption of its own, which its id covers."""
+    assert active(corruption="noise").fingerprint == active().fingerprint
+    assert active(corruption="noise").corruption_in_force is None
+    assert sample(corruption="noise").corruption_in_force == "noise"
+    assert sample(alpha=0.0, reason="alpha-zero").corruption_in_force is None
+
+
+def test_a_plan_that_could_not_be_followed_keeps_its_revision() -> None:
+    plan = sample(revision=9).unsteered("shift-failed")
+    assert plan == SteeringPlan(revision=9, reason="shift-failed")
+    assert plan.fingerprint == SteeringPlan().fingerprint
 
 
 @pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf])
@@ -108,3 +130,11 @@ def test_a_reason_stands_exactly_where_nothing_is_applied() -> None:
         SteeringPlan(reason=None)
     with pytest.raises(PlanError, match="id of a vector set"):
         active(vector_id=None)
+
+
+def test_a_sample_plan_names_no_vector_set_and_a_corruption_that_exists() -> None:
+    assert sample().is_active
+    with pytest.raises(PlanError, match="names no vector set"):
+        sample(vector_id=ID)
+    with pytest.raises(PlanError, match="'black' is not one of: blank, noise"):
+        sample(corruption="black")
