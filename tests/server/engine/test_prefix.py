@@ -1,0 +1,408 @@
+"""The prefix cache, with a KV that is a plain function of what a real one depends on."""
+
+import hashlib
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.prefix import PrefixCache
+from server.engine.types import ImageInput, Prompt
+
+SHAPE = (2, 2, 1, 3)  # layers, keys and values, heads, head_dim
+TOKEN_BYTES = 2 * 2 * 1 * 3 * 4
+IMAGE_TOKEN = 7
+PLENTY = 10**6
+
+
+def prompt(*parts: list[int] | tuple[str, int], shared_len: int = 0) -> Prompt:
+    """Token ids, and pictures as (digest, number of tokens), one after the other."""
+    token_ids: list[int] = []
+    images = []
+    for part in parts:
+        start = len(token_ids)
+        if isinstance(part, tuple):
+            digest, length = part
+            token_ids += [IMAGE_TOKEN] * length
+            images.append(ImageInput(digest, {}, start, start + length, length))
+        else:
+            token_ids += part
+    length = len(token_ids)
+    return Prompt(tuple(token_ids), tuple(images), torch.arange(length)[None], length, shared_len)
+
+
+def text(length: int, first: int = 100) -> list[int]:
+    return list(range(first, first + length))
+
+
+def past(prompt: Prompt, end: int) -> tuple[object, ...]:
+    """All that the KV of the tokens before `end` may depend on."""
+    pictures = tuple((i.digest, i.start, i.end) for i in prompt.images if i.start < end)
+    positions = prompt.position_ids.expand(3, -1)[:, :end].tolist()
+    return prompt.token_ids[:end], pictures, str(positions)
+
+
+def true_kv(prompt: Prompt) -> Tensor:
+    """(L, 2, H, T, Dh): each token's is drawn from a seed made of its past."""
+    tokens = []
+    for end in range(1, len(prompt) + 1):
+        seed = hashlib.md5(repr(past(prompt, end)).encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+        tokens.append(torch.randn(SHAPE, generator=generator))
+    return torch.stack(tokens, dim=3)
+
+
+def loaded(cache: PrefixCache, prompt: Prompt, namespace: str = "") -> int:
+    """Load, check every number that came and that no other was touched; returns how many tokens."""
+    kv = torch.full((*SHAPE[:3], len(prompt) + 5, SHAPE[3]), -1.0)
+    n = cache.load(prompt, namespace, kv)
+    torch.testing.assert_close(kv[..., :n, :], true_kv(prompt)[..., :n, :], rtol=0, atol=0)
+    assert kv[..., n:, :].eq(-1.0).all()
+    return n
+
+
+def filled(*prompts: Prompt, namespace: str = "", budget: int = PLENTY) -> PrefixCache:
+    cache = PrefixCache(budget)
+    for each in prompts:
+        cache.store(each, namespace, true_kv(each))
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 0), (16, 0), (17, 16), (32, 16), (33, 32), (34, 32), (49, 48)]
+)
+def test_whole_blocks_before_the_last_token_are_reused(length: int, expected: int) -> None:
+    """The last token is steered and its logits are needed: it is never loaded."""
+    cache = filled(prompt(text(length)))
+    assert cache.num_bytes == expected * TOKEN_BYTES
+    assert loaded(cache, prompt(text(length))) == expected
+
+
+def test_a_prompt_reuses_as_much_as_it_has_in_common() -> None:
+    cache = filled(prompt(text(100)))
+    for common in range(100):
+        other = prompt(text(common), text(40, first=500))
+        assert loaded(cache, other) == common // 16 * 16
+
+
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 36])
+@pytest.mark.parametrize("before", [0, 3, 16, 20])
+def test_a_prefix_that_ends_with_a_picture_is_reused_whole(before: int, length: int) -> None:
+    picture = ("white", length)
+    cache = filled(prompt(text(before), picture, text(2, first=300)))
+    assert cache.num_bytes == (before + length) * TOKEN_BYTES
+    assert loaded(cache, prompt(text(before), picture, text(50, first=600))) == before + length
+
+
+def test_blocks_go_on_after_a_picture() -> None:
+    first = prompt(text(3), ("cat", 10), text(40), ("dog", 4), text(9))
+    cache = filled(first)
+    assert cache.num_bytes == (13 + 40 + 4) * TOKEN_BYTES
+    assert loaded(cache, first) == 57
+    assert loaded(cache, prompt(text(3), ("cat", 10), text(33), text(9, first=400))) == 13 + 32
+
+
+def test_a_prompt_that_ends_with_a_picture_keeps_its_last_token_out() -> None:
+    ends_with_picture = prompt(text(4), ("cat", 20))
+    cache = filled(ends_with_picture)
+    assert loaded(cache, ends_with_picture) == 16
+
+
+def test_another_picture_behind_the_same_token_ids_misses() -> None:
+    """Placeholders are equal for all pictures: the digest must tell them apart."""
+    cat = prompt(text(20), ("cat", 40), text(20))
+    dog = prompt(text(20), ("dog", 40), text(20))
+    assert cat.token_ids == dog.token_ids
+    cache = filled(cat)
+    assert loaded(cache, dog) == 16  # the text before the picture's first token
+    cache.store(dog, "", true_kv(dog))
+    assert loaded(cache, dog) == loaded(cache, cat) == 76
+
+
+def test_swapped_pictures_of_one_block_miss() -> None:
+    cache = filled(prompt(text(2), ("cat", 3), ("dog", 3), text(20)))
+    assert loaded(cache, prompt(text(2), ("dog", 3), ("cat", 3), text(20))) == 0
+
+
+def test_a_picture_that_extends_further_misses() -> None:
+    """Both first blocks hold the same tokens and the same picture's beginning."""
+    cache = filled(prompt(("cat", 40), text(20)))
+    assert loaded(cache, prompt(("cat", 50), text(20))) == 0
+
+
+def test_placeholders_without_a_picture_miss() -> None:
+    """The same token ids, but nothing behind them."""
+    cache = filled(prompt(text(3), ("cat", 20), text(20)))
+    assert loaded(cache, prompt(text(3), [IMAGE_TOKEN] * 20, text(20))) == 0
+
+
+def test_the_same_tokens_at_other_positions_miss() -> None:
+    """M-RoPE: a picture of 2 x 8 patches and one of 4 x 4 have equally many tokens."""
+    flat = prompt(text(16), text(30, first=200))
+    moved = flat.position_ids.expand(3, -1).clone()
+    moved[1, 20:] += 1
+    cache = filled(flat)
+    assert loaded(cache, replace(flat, position_ids=moved)) == 16
+
+
+def test_one_position_and_three_equal_ones_are_the_same() -> None:
+    """So that the text-only prompt shares the system prompt of the one with pictures."""
+    plain = prompt(text(40))
+    cache = filled(plain)
+    assert loaded(cache, replace(plain, position_ids=plain.position_ids.repeat(3, 1))) == 32
+
+
+def test_namespaces_do_not_see_each_other() -> None:
+    cache = filled(prompt(text(50)), namespace="tenant")
+    assert loaded(cache, prompt(text(50)), "other") == 0
+    assert loaded(cache, prompt(text(50)), "") == 0
+    assert loaded(cache, prompt(text(50)), "tenant") == 48
+
+
+@pytest.mark.parametrize(
+    ("shared_len", "expected"), [(0, 0), (15, 0), (16, 16), (35, 32), (36, 36), (51, 36), (52, 52)]
+)
+def test_the_shared_part_serves_every_namespace_and_nothing_beyond_it(
+    shared_len: int, expected: int
+) -> None:
+    """Blocks end at 16, 32, 36 (the picture) and 52; the one that a client's text begins in is the
+    client's own, and so is all that follows."""
+    asked = prompt(text(16), ("white", 20), text(30, first=300), shared_len=shared_len)
+    cache = filled(asked, namespace="tenant")
+    assert cache.num_bytes == 52 * TOKEN_BYTES
+    assert loaded(cache, asked, "other") == expected
+    assert loaded(cache, asked, "tenant") == 52
+
+
+def test_another_tenants_text_after_the_shared_part_stays_unseen() -> None:
+    """Every tenant stores its own copy, also when the tokens are the same."""
+    asked = prompt(text(16), ("white", 16), text(33, first=300), shared_len=32)
+    cache = filled(asked, namespace="tenant")
+    alone = cache.num_bytes
+    cache.store(asked, "other", true_kv(asked))
+    assert cache.num_bytes - alone == 32 * TOKEN_BYTES
+    assert loaded(cache, asked, "third") == 32
+
+
+def test_what_a_client_wrote_does_not_become_shared_by_an_equal_shared_prompt() -> None:
+    """The same tokens, once a client's and once the template's: two different chains."""
+    mine = prompt(text(50))
+    cache = filled(mine, namespace="tenant")
+    assert loaded(cache, replace(mine, shared_len=50), "other") == 0
+
+
+def test_a_kept_block_is_a_copy() -> None:
+    asked = prompt(text(17))
+    kv = true_kv(asked)
+    cache = PrefixCache(PLENTY)
+    cache.store(asked, "", kv)
+    kv.zero_()
+    assert loaded(cache, asked) == 16
+
+
+def test_what_was_loaded_may_be_written_to() -> None:
+    asked = prompt(text(17))
+    cache = filled(asked)
+    kv = torch.zeros(*SHAPE[:3], 17, SHAPE[3])
+    cache.load(asked, "", kv)
+    kv.zero_()
+    assert loaded(cache, asked) == 16
+
+
+def test_the_least_recently_used_prompt_goes_first() -> None:
+    budget = 2 * 32 * TOKEN_BYTES
+    a, b, c = (prompt(text(33, first=first)) for first in (100, 200, 300))
+    cache = filled(a, b, budget=budget)
+    assert loaded(cache, a) == 32
+    cache.store(c, "", true_kv(c))
+    assert [loaded(cache, each) for each in (a, b, c)] == [32, 0, 32]
+    assert cache.num_bytes == budget
+
+
+def test_storing_what_is_kept_refreshes_it() -> None:
+    a, b, c = (prompt(text(33, first=first)) for first in (100, 200, 300))
+    cache = filled(a, b, a, c, budget=2 * 32 * TOKEN_BYTES)
+    assert [loaded(cache, each) for each in (a, b, c)] == [32, 0, 32]
+
+
+def test_descendants_go_before_their_ancestors() -> None:
+    """A prompt loses its end first: what is left of it can still be loaded."""
+    long, short = prompt(text(65)), prompt(text(17, first=300))
+    cache = filled(long, short, budget=4 * 16 * TOKEN_BYTES)
+    assert loaded(cache, short) == 16
+    assert loaded(cache, long) == 48
+    assert cache.num_bytes == 64 * TOKEN_BYTES
+
+
+def test_a_turn_that_follows_never_displaces_its_own_beginning() -> None:
+    """The first turn is the oldest entry when the second comes, and the budget is exactly full."""
+    first, other = prompt(text(33)), prompt(text(33, first=500))
+    second = prompt(text(65))
+    cache = filled(first, other, second, budget=64 * TOKEN_BYTES)
+    assert loaded(cache, second) == 64
+    assert cache.num_bytes == 64 * TOKEN_BYTES
+
+
+def test_a_prompt_larger_than_the_budget_keeps_what_fits_from_its_start() -> None:
+    large = prompt(text(100))
+    cache = filled(large, large, budget=50 * TOKEN_BYTES)
+    assert loaded(cache, large) == 48
+    small = prompt(text(17, first=500))
+    cache.store(small, "", true_kv(small))
+    assert loaded(cache, small) == 16
+    assert loaded(cache, large) == 32
+    cache.store(large, "", true_kv(large))
+    assert loaded(cache, large) == 48
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("at", "expected"), [(0, 0), (15, 0), (16, 16), (47, 32), (60, 48)])
+def test_nothing_is_kept_from_the_first_bad_block_on(bad: float, at: int, expected: int) -> None:
+    """NaN in a kept block would end every later request that begins alike."""
+    asked = prompt(text(65))
+    kv = true_kv(asked)
+    kv[1, 1, 0, at, 2] = bad
+    cache = PrefixCache(PLENTY)
+    cache.store(asked, "", kv)
+    assert cache.num_bytes == expected * TOKEN_BYTES
+    assert loaded(cache, asked) == expected
+    cache.store(asked, "", true_kv(asked))
+    assert loaded(cache, asked) == 64
+
+
+def test_memory_that_runs_out_leaves_a_cache_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks stored so far must not outlive their ancestors."""
+    first, second = prompt(text(17)), prompt(text(65))
+    cache = filled(first, budget=64 * TOKEN_BYTES)
+    put, calls = cache._blocks.put, iter([True, False])
+
+    def put_once(key: bytes, tensor: Tensor) -> bool:
+        if next(calls):
+            return put(key, tensor)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._blocks, "put", put_once)
+        with pytest.raises(MemoryError):
+            cache.store(second, "", true_kv(second))
+    other = prompt(text(49, first=500))
+    cache.store(other, "", true_kv(other))
+    assert loaded(cache, second) == 16
+    cache.store(second, "", true_kv(second))
+    assert loaded(cache, second) == 64
+
+
+def test_without_a_budget_nothing_is_kept() -> None:
+    asked = prompt(text(50))
+    cache = filled(asked, budget=0)
+    assert loaded(cache, asked) == 0
+    assert (cache.num_bytes, cache.hit_tokens, cache.missed_tokens) == (0, 0, 50)
+
+
+def test_clear_forgets_all_and_keeps_counting() -> None:
+    asked = prompt(text(50))
+    cache = filled(asked)
+    assert loaded(cache, asked) == 48
+    cache.clear()
+    assert cache.num_bytes == 0
+    assert loaded(cache, asked) == 0
+    assert (cache.hit_tokens, cache.missed_tokens) == (48, 2 + 50)
+
+
+@dataclass
+class Model:
+    """The cache by its definition: when each block was last used, and by which prefix it is known.
+
+    The oldest block goes first and, of those used together, the one furthest from the start.
+    """
+
+    budget: int
+    blocks: dict[tuple[object, ...], tuple[int, int, int]] = field(default_factory=dict)
+    clock: int = 0
+
+    def cut(self, prompt: Prompt, namespace: str) -> list[tuple[tuple[object, ...], int, int]]:
+        """Each block's identity, its end and its bytes."""
+        ends, start = {image.end for image in prompt.images}, 0
+        blocks, owner = [], None
+        for end in range(1, len(prompt)):
+            if end - start == 16 or end in ends:
+                if owner is None and end > prompt.shared_len:
+                    owner = (namespace, start)  # whose, and from where on
+                blocks.append(((owner, *past(prompt, end)), end, (end - start) * TOKEN_BYTES))
+                start = end
+        return blocks
+
+    def load(self, prompt: Prompt, namespace: str) -> int:
+        self.clock += 1
+        num_tokens = 0
+        for key, end, size in self.cut(prompt, namespace):
+            if key not in self.blocks:
+                break
+            num_tokens, self.blocks[key] = end, (self.clock, -end, size)
+        return num_tokens
+
+    def store(self, prompt: Prompt, namespace: str) -> None:
+        self.clock += 1
+        for key, end, size in self.cut(prompt, namespace):
+            if end * TOKEN_BYTES <= self.budget:
+                self.blocks[key] = (self.clock, -end, size)
+        while self.num_bytes > self.budget:
+            del self.blocks[min(self.blocks, key=lambda key: self.blocks[key])]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for *_, size in self.blocks.values())
+
+
+def random_prompts(rng: random.Random) -> list[Prompt]:
+    """Prompts that begin alike in many ways, of few tokens and few pictures."""
+    pool: list[list[list[int] | tuple[str, int]]] = [[]]
+    for _ in range(40):
+        parts = list(rng.choice(pool))
+        parts = parts[: rng.randint(0, len(parts))]
+        for _ in range(rng.randint(1, 3)):
+            if rng.random() < 0.4:
+                parts.append((rng.choice("abc"), rng.choice([1, 6, 16, 21])))
+            else:
+                parts.append([rng.randint(1, 2)] * rng.choice([1, 3, 16, 30]))
+        pool.append(parts)
+    return [prompt(*parts, shared_len=rng.choice([0, 0, 16, 30])) for parts in pool[1:]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_use_agrees_with_a_plain_model_of_the_cache(seed: int) -> None:
+    """Every number loaded, how many, bytes, counters and order of eviction; and no orphans, since
+    the model's bytes are all loadable."""
+    rng = random.Random(seed)
+    prompts = random_prompts(rng)
+    known = {id(each): true_kv(each) for each in prompts}
+    budget = rng.choice([40, 150, 400]) * TOKEN_BYTES
+    cache, model = PrefixCache(budget), Model(budget)
+    hits = asked = 0
+    for _ in range(150):
+        each, namespace = rng.choice(prompts), rng.choice(["", "tenant"])
+        kv = known[id(each)].clone()
+        if rng.random() < 0.5:
+            kv.fill_(-1.0)
+            n = cache.load(each, namespace, kv)
+            assert n == model.load(each, namespace) < len(each)
+            assert kv[..., :n, :].equal(known[id(each)][..., :n, :])
+            assert kv[..., n:, :].eq(-1.0).all()
+            hits, asked = hits + n, asked + len(each)
+        else:
+            cache.store(each, namespace, kv)
+            kv.fill_(float("nan"))
+            model.store(each, namespace)
+        assert cache.num_bytes == model.num_bytes <= budget
+        assert (cache.hit_tokens, cache.missed_tokens) == (hits, asked - hits)
+    assert 0 < hits < asked
+    loadable = {
+        key: size
+        for each in prompts
+        for namespace in ("", "tenant")
+        for key, end, size in model.cut(each, namespace)
+        if end <= cache.load(each, namespace, known[id(each)].clone())
+    }
+    assert sum(loadable.values()) == cache.num_bytes
