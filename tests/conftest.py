@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
-from tests.tiny_models import TinyModel, build_tiny_llava, build_tiny_qwen2_vl
+from tests.tiny_models import BUILDERS, TinyModel, build_tiny_unlisted
 
 
 @pytest.fixture(autouse=True)
@@ -19,15 +20,31 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_llava() -> TinyModel:
-    return build_tiny_llava()
+    return _built("llava")
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen2_vl() -> TinyModel:
-    return build_tiny_qwen2_vl()
+    return _built("qwen2_vl")
 
 
-@pytest.fixture(scope="session", params=["llava", "qwen2_vl"])
+@pytest.fixture(scope="session")
+def tiny_gemma3() -> TinyModel:
+    return _built("gemma3")
+
+
+@pytest.fixture(scope="session", params=BUILDERS)
 def tiny_model(request: pytest.FixtureRequest) -> TinyModel:
     """Every supported family in turn; the conformance suite runs on it."""
-    return request.getfixturevalue(f"tiny_{request.param}")
+    return _built(request.param)
+
+
+@pytest.fixture(scope="session")
+def unlisted_model() -> TinyModel:
+    """A family that is not listed; it may serve when it passes the check at start."""
+    return build_tiny_unlisted()
+
+
+@cache
+def _built(name: str) -> TinyModel:
+    return BUILDERS[name]()

@@ -156,7 +156,7 @@ def test_extraction_and_serving_build_the_same_tokens(tiny_model: TinyModel) -> 
         parts.append({"type": "text", "text": TEXTS[1]})
         served = builder.build([{"role": "user", "content": parts}], [image] if image else [])
         extracted = _prompt_inputs(tiny_model.processor, TEXTS[1:2], image)["input_ids"][0]
-        assert tuple(extracted.tolist()) == served.token_ids
+        assert tuple(extracted.tolist()) == served.prompt.token_ids
 
 
 def test_the_manifest_says_where_the_vectors_come_from(
