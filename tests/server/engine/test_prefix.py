@@ -132,6 +132,12 @@ def test_a_picture_that_extends_further_misses() -> None:
     assert loaded(cache, prompt(("cat", 50), text(20))) == 0
 
 
+def test_a_picture_that_begins_earlier_misses() -> None:
+    """Both blocks hold the same tokens and end with the same picture."""
+    cache = filled(prompt([IMAGE_TOKEN] * 2, ("cat", 4), text(20)))
+    assert loaded(cache, prompt(("cat", 6), text(20))) == 0
+
+
 def test_placeholders_without_a_picture_miss() -> None:
     """The same token ids, but nothing behind them."""
     cache = filled(prompt(text(3), ("cat", 20), text(20)))
