@@ -1,0 +1,396 @@
+"""Prompts, picture by picture, against the processor's own call on the whole conversation."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from server.engine.families import family_of, image_token_id
+from server.engine.inputs import InputBuilder
+from server.engine.types import EngineInputs, InputError, PairError, Prompt
+from steering.corruption import CORRUPTIONS, Corruption, corrupt, image_digest
+from tests.server.engine.conftest import conversation, picture
+from tests.tiny_models import BUILDERS, PICTURES_FIRST_TEMPLATE, TinyModel
+
+TURNS = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "And "}, {"type": "image"}, {"type": "image"}],
+    },
+]
+TEXT_TURNS = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    {"role": "user", "content": [{"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    {"role": "user", "content": [{"type": "text", "text": "And "}]},
+]
+IMAGES = [picture(1), picture(2, (48, 20)), picture(3, (16, 40))]
+CASES: dict[str, tuple[list[dict[str, Any]], list[Image.Image]]] = {
+    "text": (conversation("Hello"), []),
+    "one picture": (conversation("What is it?", 1), IMAGES[:1]),
+    "two of different sizes": (conversation("Compare.", 2), IMAGES[:2]),
+    "the same twice": (conversation("Compare.", 2), [IMAGES[1], IMAGES[1]]),
+    "several turns": (TURNS, IMAGES),
+}
+
+
+class CountingProcessor:
+    """The processor itself, with the sizes of the pictures that it was asked to read."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self.sizes: list[tuple[int, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.sizes += [image.size for image in kwargs["images"]]
+        return self._processor(**kwargs)
+
+
+def builder_of(tiny: TinyModel, processor: Any = None) -> InputBuilder:
+    return InputBuilder(family_of(tiny.model), tiny.model, processor or tiny.processor)
+
+
+def whole(tiny: TinyModel, messages: Any, images: list[Image.Image]) -> dict[str, Tensor]:
+    """The processor's own call on the whole conversation."""
+    text = tiny.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return dict(tiny.processor(text=[text], images=images or None, return_tensors="pt"))
+
+
+def own_positions(tiny: TinyModel, processed: dict[str, Tensor]) -> Tensor:
+    """(P, T) as the bare model makes them."""
+    num_tokens = processed["input_ids"].shape[1]
+    if not tiny.name.startswith("qwen"):
+        return torch.arange(num_tokens)[None]
+    if "image_grid_thw" not in processed:
+        return torch.arange(num_tokens).expand(3, -1)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+    ids, _ = tiny.model.model.get_rope_index(**{name: processed[name] for name in names})
+    return ids[:, 0]
+
+
+def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_and_positions_are_the_processors_own(tiny_model: TinyModel, case: str) -> None:
+    messages, images = CASES[case]
+    processed = whole(tiny_model, messages, images)
+    inputs = builder_of(tiny_model).build(messages, images)
+    assert inputs.pair is None
+    assert inputs.prompt.token_ids == tuple(processed["input_ids"][0].tolist())
+    expected = own_positions(tiny_model, processed)
+    assert inputs.prompt.position_ids.equal(expected)
+    assert inputs.prompt.next_position == int(expected.max()) + 1
+    assert inputs.prompt.shared_len == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_picture_has_its_span_its_placeholders_and_its_digest(
+    tiny_model: TinyModel, case: str
+) -> None:
+    messages, images = CASES[case]
+    prompt = builder_of(tiny_model).build(messages, images).prompt
+    token_id = image_token_id(tiny_model.model)
+    assert [image.digest for image in prompt.images] == [image_digest(image) for image in images]
+    ends = [0]
+    for image in prompt.images:
+        span = prompt.token_ids[image.start : image.end]
+        assert image.start >= ends[-1]
+        assert (span[0], span[-1]) == (token_id, token_id)
+        assert span.count(token_id) == image.num_features > 0
+        ends.append(image.end)
+    assert prompt.token_ids.count(token_id) == sum(i.num_features for i in prompt.images)
+
+
+def test_pictures_of_other_sizes_have_other_numbers_of_features() -> None:
+    """The test pictures do exercise tiling and dynamic resolution."""
+    for name in ("llava_next", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"):
+        prompt = builder_of(BUILDERS[name]()).build(TURNS, IMAGES).prompt
+        assert len({image.num_features for image in prompt.images}) >= 2, name
+
+
+def test_the_same_bytes_in_another_shape_are_another_picture(tiny_llava: TinyModel) -> None:
+    """Pitfall 11: 30 x 150 and 150 x 30."""
+    tall = picture(1, (30, 150))
+    wide = Image.frombytes("RGB", (150, 30), tall.tobytes())
+    prompt = builder_of(tiny_llava).build(conversation("?", 2), [tall, wide]).prompt
+    assert prompt.images[0].digest != prompt.images[1].digest
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_the_corrupted_prompt_is_that_of_the_corrupted_pictures(
+    tiny_model: TinyModel, kind: Corruption
+) -> None:
+    builder = builder_of(tiny_model)
+    inputs = builder.build(TURNS, IMAGES, kind)
+    plain = builder.build(TURNS, IMAGES).prompt
+    assert inputs.pair is not None
+    corrupted = inputs.pair.corrupted
+    assert inputs.prompt.token_ids == plain.token_ids == corrupted.token_ids
+    assert corrupted.position_ids.equal(plain.position_ids)
+    assert corrupted.next_position == plain.next_position
+    alone = builder.build(TURNS, [corrupt(image, kind) for image in IMAGES]).prompt
+    for image, original, expected in zip(corrupted.images, plain.images, alone.images, strict=True):
+        assert (image.start, image.end) == (original.start, original.end)
+        assert image.num_features == original.num_features
+        assert image.digest == expected.digest != original.digest
+        assert_same_tensors(image.tensors, expected.tensors)
+
+
+@pytest.mark.parametrize("case", ["one picture", "two of different sizes", "several turns"])
+def test_the_text_only_prompt_is_the_conversation_without_pictures(
+    tiny_model: TinyModel, case: str
+) -> None:
+    messages, images = CASES[case]
+    text_turns = (
+        TEXT_TURNS if messages is TURNS else conversation(messages[0]["content"][-1]["text"])
+    )
+    expected = whole(tiny_model, text_turns, [])
+    pair = builder_of(tiny_model).build(messages, images, "blank").pair
+    assert pair is not None
+    assert pair.text_only.token_ids == tuple(expected["input_ids"][0].tolist())
+    assert pair.text_only.images == ()
+    assert pair.text_only.position_ids.equal(own_positions(tiny_model, expected))
+    assert (pair.text_only.next_position, pair.text_only.shared_len) == (len(pair.text_only), 0)
+
+
+def test_a_turn_of_pictures_alone_becomes_an_empty_one(tiny_model: TinyModel) -> None:
+    """Templates look at the first part of a message; without any, some raise."""
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    pair = builder_of(tiny_model).build(messages, IMAGES[:1], "blank").pair
+    assert pair is not None
+    expected = whole(tiny_model, conversation(""), [])
+    assert pair.text_only.token_ids == tuple(expected["input_ids"][0].tolist())
+
+
+def test_without_pictures_or_corruption_there_is_no_pair(tiny_llava: TinyModel) -> None:
+    builder = builder_of(tiny_llava)
+    assert builder.build(conversation("Hi"), [], "blank").pair is None
+    assert builder.build(conversation("Hi", 1), IMAGES[:1]).pair is None
+
+
+def test_noise_is_the_same_for_the_same_picture_and_differs_between_pictures(
+    tiny_llava: TinyModel,
+) -> None:
+    def noisy(images: list[Image.Image]) -> list[str]:
+        inputs = builder_of(tiny_llava).build(conversation("Hi", 2), images, "noise")
+        assert inputs.pair is not None
+        return [image.digest for image in inputs.pair.corrupted.images]
+
+    first = noisy([picture(1), picture(2)])
+    assert first == noisy([picture(1), picture(2)])
+    assert first[0] != first[1]
+
+
+def shared_len(inputs: EngineInputs) -> int:
+    assert inputs.pair is not None
+    assert inputs.prompt.shared_len == inputs.pair.text_only.shared_len == 0
+    return inputs.pair.corrupted.shared_len
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_what_comes_up_to_the_first_meaningless_picture_is_shared(
+    tiny_model: TinyModel, kind: Corruption
+) -> None:
+    builder = builder_of(tiny_model)
+    one = builder.build(conversation("Why?", 2), IMAGES[:2], kind)
+    other = builder.build(
+        conversation("Something else altogether", 2), [picture(9), picture(8)], kind
+    )
+    if kind not in ("blank", "gray"):
+        assert shared_len(one) == shared_len(other) == 0
+        return
+    assert one.pair is not None and other.pair is not None
+    length = shared_len(one)
+    assert length == shared_len(other) == one.pair.corrupted.images[0].end
+    assert one.pair.corrupted.token_ids[:length] == other.pair.corrupted.token_ids[:length]
+    assert one.pair.corrupted.images[0].digest == other.pair.corrupted.images[0].digest
+
+
+def test_nothing_is_shared_after_a_clients_words(tiny_model: TinyModel) -> None:
+    builder = builder_of(tiny_model)
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert shared_len(builder.build([system, *conversation("Hi", 1)], IMAGES[:1], "blank")) == 0
+    second = [*TEXT_TURNS[1:3], *conversation("Hi", 1)]
+    assert shared_len(builder.build(second, IMAGES[:1], "blank")) == 0
+    late = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}]
+    length = shared_len(builder.build(late, IMAGES[:1], "blank"))
+    # A template that writes all pictures of a turn first has the client's words behind them.
+    assert (length > 0) == (tiny_model.processor.chat_template == PICTURES_FIRST_TEMPLATE)
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_a_meaningless_picture_is_read_once_for_each_size(
+    tiny_llava: TinyModel, kind: Corruption
+) -> None:
+    processor = CountingProcessor(tiny_llava.processor)
+    builder = builder_of(tiny_llava, processor)
+    for seed in range(3):
+        images = [picture(seed, (24, 16)), picture(seed + 10, (48, 20))]
+        builder.build(conversation("Hi", 2), images, kind)
+    times = 2 if kind in ("blank", "gray") else 6
+    assert len(processor.sizes) == 6 + times
+    builder.build(conversation("Hi", 1), [picture(1, (20, 20))], kind)
+    assert processor.sizes[-2:] == [(20, 20), (20, 20)]
+
+
+def test_blank_and_gray_of_one_size_are_kept_apart(tiny_llava: TinyModel) -> None:
+    builder = builder_of(tiny_llava)
+    digests = []
+    for kind in ("blank", "gray", "blank"):
+        pair = builder.build(conversation("Hi", 1), IMAGES[:1], kind).pair
+        assert pair is not None
+        digests.append(pair.corrupted.images[0].digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_many_threads_build_what_one_builds(tiny_model: TinyModel) -> None:
+    builder = builder_of(tiny_model)
+    cases = [CASES[name] for name in CASES] * 4
+
+    def build(case: tuple[list[dict[str, Any]], list[Image.Image]]) -> EngineInputs:
+        return builder.build(*case, "blank")
+
+    expected = [build(case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        for one, other in zip(pool.map(build, cases), expected, strict=True):
+            assert_same_prompt(one.prompt, other.prompt)
+            assert (one.pair is None) == (other.pair is None)
+            if one.pair is not None and other.pair is not None:
+                assert_same_prompt(one.pair.corrupted, other.pair.corrupted)
+                assert_same_prompt(one.pair.text_only, other.pair.text_only)
+
+
+def assert_same_prompt(one: Prompt, other: Prompt) -> None:
+    assert (one.token_ids, one.next_position) == (other.token_ids, other.next_position)
+    assert one.shared_len == other.shared_len
+    assert [i.digest for i in one.images] == [i.digest for i in other.images]
+    for image, same in zip(one.images, other.images, strict=True):
+        assert_same_tensors(image.tensors, same.tensors)
+
+
+def test_pictures_and_image_parts_must_be_equal_in_number(tiny_model: TinyModel) -> None:
+    builder = builder_of(tiny_model)
+    for num_parts, images in ((1, []), (0, IMAGES[:1]), (2, IMAGES), (2, IMAGES[:1])):
+        with pytest.raises(InputError, match=f"came with {len(images)} pictures, .* {num_parts} "):
+            builder.build(conversation("Hi", num_parts), images)
+
+
+def test_control_tokens_in_a_text_are_refused(tiny_model: TinyModel) -> None:
+    """A client must write neither placeholders nor the ends and begins of turns."""
+    builder = builder_of(tiny_model)
+    placeholder = image_token_id(tiny_model.model)
+    special = [t.content for t in tiny_model.processor.tokenizer.added_tokens_decoder.values()]
+    turns = ("turn>", "<|im_", "utterance>")
+    refused = [token for token in special if any(mark in token for mark in turns)]
+    refused += [tiny_model.processor.tokenizer.convert_ids_to_tokens(placeholder)]
+    refused += [tiny_model.processor.image_token]
+    assert len(refused) >= 4
+    for token in refused:
+        with pytest.raises(InputError, match="a control token of this model"):
+            builder.build(conversation(f"What is {token}?"), [])
+    builder.build(conversation("What do <s>, </s>, <b> and <h1> mean in HTML?"), [])
+
+
+def test_a_template_that_refuses_or_drops_pictures_is_the_clients_error(
+    tiny_llava: TinyModel,
+) -> None:
+    templates = {
+        "{{ raise_exception('one picture a turn') }}": "one picture a turn",
+        "{{ messages[0].nothing.at.all }}": "template refuses",
+        "{{ messages[0].content[1].text }}": "came with 1 pictures, .* made 0",
+    }
+    for template, message in templates.items():
+        processor = copy.copy(tiny_llava.processor)
+        processor.chat_template = template
+        with pytest.raises(InputError, match=message):
+            builder_of(tiny_llava, processor).build(conversation("Hi", 1), IMAGES[:1])
+    processor.chat_template = "{{ '' }}"
+    with pytest.raises(InputError, match="the prompt is empty"):
+        builder_of(tiny_llava, processor).build(conversation("Hi"), [])
+
+
+def test_only_the_pair_fails_where_the_template_wants_a_picture(tiny_llava: TinyModel) -> None:
+    """The request itself can be served, so the error is another."""
+    processor = copy.copy(tiny_llava.processor)
+    processor.chat_template = (
+        "{% if messages[0].content[0].type == 'image' %}<image>{{ messages[0].content[1].text }}"
+        "{% else %}{{ raise_exception('no picture') }}{% endif %}"
+    )
+    builder = builder_of(tiny_llava, processor)
+    builder.build(conversation("Hi", 1), IMAGES[:1])
+    with pytest.raises(PairError, match="cannot be measured: .* no picture"):
+        builder.build(conversation("Hi", 1), IMAGES[:1], "blank")
+
+
+def test_a_corrupted_picture_of_other_tokens_makes_no_pair(tiny_llava: TinyModel) -> None:
+    class ByContent(CountingProcessor):
+        """Makes 5 tokens of a white picture, and 4 of any other."""
+
+        def __call__(self, **kwargs: Any) -> Any:
+            processed = super().__call__(**kwargs)
+            if kwargs["images"][0].getpixel((0, 0)) == (255, 255, 255):
+                offsets = processed["text_replacement_offsets"][0][0]
+                offsets["replacement"] += self.image_token
+            return processed
+
+    builder = builder_of(tiny_llava, ByContent(tiny_llava.processor))
+    with pytest.raises(PairError, match="does not become the same tokens"):
+        builder.build(conversation("Hi", 1), IMAGES[:1], "blank")
+    assert builder.build(conversation("Hi", 1), IMAGES[:1], "gray").pair is not None
+
+
+def test_a_picture_that_the_processor_refuses_is_the_clients_error(
+    tiny_qwen2_vl: TinyModel,
+) -> None:
+    with pytest.raises(InputError, match="refuses this picture: absolute aspect ratio"):
+        builder_of(tiny_qwen2_vl).build(conversation("Hi", 1), [picture(1, (404, 2))])
+
+
+def test_a_processor_that_makes_more_than_the_family_takes_is_refused(
+    tiny_llava: TinyModel,
+) -> None:
+    class More(CountingProcessor):
+        def __call__(self, **kwargs: Any) -> Any:
+            return super().__call__(**kwargs) | {"image_sizes": torch.tensor([[16, 16]])}
+
+    with pytest.raises(InputError, match="with pixel_values of .* made image_sizes, pixel_values"):
+        builder_of(tiny_llava, More(tiny_llava.processor)).build(conversation("Hi", 1), IMAGES[:1])
+
+
+def test_a_processor_that_does_not_tell_its_tokens_is_refused(tiny_llava: TinyModel) -> None:
+    class Silent(CountingProcessor):
+        def __call__(self, **kwargs: Any) -> Any:
+            processed = super().__call__(**kwargs)
+            del processed["text_replacement_offsets"]
+            return processed
+
+    with pytest.raises(InputError, match="LLaVA-1.5 does not say which tokens a picture becomes"):
+        builder_of(tiny_llava, Silent(tiny_llava.processor)).build(
+            conversation("Hi", 1), IMAGES[:1]
+        )
+
+
+def test_an_unlisted_family_builds_prompts_of_any_number_of_pictures(
+    unlisted_model: TinyModel,
+) -> None:
+    for messages, images in CASES.values():
+        processed = whole(unlisted_model, messages, images)
+        inputs = builder_of(unlisted_model).build(messages, images, "gray")
+        assert inputs.prompt.token_ids == tuple(processed["input_ids"][0].tolist())
+        assert {name for image in inputs.prompt.images for name in image.tensors} <= {
+            "pixel_values"
+        }
+        assert (inputs.pair is not None) == bool(images)
