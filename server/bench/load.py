@@ -1,35 +1,67 @@
-"""The load: the same pictures and questions for every target, in interleaved rounds."""
+"""The load: bursts of chats about photographs, the columns taking turns round by round."""
 
 import asyncio
-import base64
-import hashlib
-import io
-import random
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import httpx
-from PIL import Image
 
+from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord, chat
 from server.bench.target import Target
 
-QUESTIONS = (
-    "What is in this picture?",
-    "Describe the colours that you see.",
-    "What stands in the middle?",
-    "Where could this have been taken?",
-    "Write a caption for this photograph.",
-    "What is the largest thing here?",
-    "What would you do with what you see?",
-    "Tell a short story about this picture.",
-)
+AnyColumn = TypeVar("AnyColumn")
+
+
+class Column(Protocol):
+    """One way to answer: a server, or a library in this process (generate.py)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def new_sizes(self) -> bool:
+        """Whether every photograph has a size of its own."""
+        ...
+
+    async def answer(
+        self, chats: Sequence[Sequence[Message]], max_tokens: int
+    ) -> list[StreamRecord]:
+        """Start all chats at the same moment and wait for all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server behind a URL."""
+
+    client: httpx.AsyncClient
+    target: Target
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def new_sizes(self) -> bool:
+        return self.target.new_sizes
+
+    async def answer(
+        self, chats: Sequence[Sequence[Message]], max_tokens: int
+    ) -> list[StreamRecord]:
+        bodies = [self.target.body(messages, max_tokens) for messages in chats]
+        return list(
+            await asyncio.gather(*(chat(self.client, self.target, body) for body in bodies))
+        )
 
 
 @dataclass(frozen=True)
 class Burst:
-    """One round of one target: `len(records)` chats that started at the same moment."""
+    """One round of one column: `num_streams` chats that started at the same moment."""
 
     target: str
     num_streams: int
@@ -38,71 +70,90 @@ class Burst:
     records: tuple[StreamRecord, ...]
 
     @property
+    def is_failed(self) -> bool:
+        return any(record.error for record in self.records)
+
+    @property
     def tokens_per_s(self) -> float:
         return sum(record.tokens for record in self.records) / self.wall_s
 
-
-@dataclass(frozen=True)
-class Load:
-    """What is sent. Every chat of a round has a picture of its own (a patch in its corner differs),
-    so that no cache of a server answers for the work; all targets get the same ones.
-    """
-
-    image: Image.Image
-    max_tokens: int = 64
-    seed: int = 0
-
-    def prompt(self, round_: int, stream: int) -> tuple[str, str]:
-        """The picture as a data: URL and the question."""
-        rng = random.Random(f"{self.seed}/{round_}/{stream}")
-        picture = self.image.convert("RGB")
-        picture.paste(tuple(rng.randrange(256) for _ in range(3)), (0, 0, 8, 8))
-        encoded = io.BytesIO()
-        picture.save(encoded, "JPEG", quality=85)
-        url = "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
-        return url, QUESTIONS[(round_ + stream) % len(QUESTIONS)]
+    @property
+    def time_to_first_token_s(self) -> float:
+        return statistics.median(record.time_to_first_token_s for record in self.records)
 
     @property
-    def digest(self) -> str:
-        """sha256 of the picture's pixels, its size and the questions."""
-        content = repr((self.image.size, self.image.mode, QUESTIONS)).encode()
-        return hashlib.sha256(content + self.image.tobytes()).hexdigest()
+    def inter_token_latency_s(self) -> float:
+        return statistics.median(record.inter_token_latency_s for record in self.records)
+
+    @property
+    def e2e_s(self) -> float:
+        return statistics.median(record.e2e_s for record in self.records)
+
+    @property
+    def step_s(self) -> float:
+        """Median gap while all chats were decoding: a decode step at this batch size, without
+        the prefills of the burst's beginning. 0.0 when they never all were at once.
+        """
+        return statistics.median(steady_gaps(self.records) or [0.0])
 
 
-async def burst(
-    client: httpx.AsyncClient, target: Target, load: Load, num_streams: int, round_: int
-) -> Burst:
-    """Start `num_streams` chats at once and wait for all."""
-    bodies = [
-        target.body(*load.prompt(round_, stream), load.max_tokens) for stream in range(num_streams)
+def steady_gaps(records: Sequence[StreamRecord]) -> list[float]:
+    """The gaps, in seconds, that begin after the last chat's first token and end before the first
+    chat's last token; failed chats count for nothing.
+    """
+    times = [
+        list(itertools.accumulate(r.gaps_s, initial=r.start_s + r.time_to_first_token_s))
+        for r in records
+        if not r.error
     ]
-    start = time.perf_counter()
-    records = await asyncio.gather(*(chat(client, target, body) for body in bodies))
-    return Burst(target.name, num_streams, round_, time.perf_counter() - start, tuple(records))
+    if not times:
+        return []
+    begin, end = max(each[0] for each in times), min(each[-1] for each in times)
+    return [
+        after - before
+        for each in times
+        for before, after in itertools.pairwise(each)
+        if before >= begin and after <= end
+    ]
+
+
+def in_turn(columns: Sequence[AnyColumn], round_: int) -> list[AnyColumn]:
+    """The order within a round: each column takes each place, before and after each other, so
+    that neither a machine's drift nor what the last one left behind favours any of them.
+    """
+    first = round_ // 2 % len(columns)
+    order = [*columns[first:], *columns[:first]]
+    return order[::-1] if round_ % 2 else order
 
 
 async def measure(
-    client: httpx.AsyncClient,
-    targets: Sequence[Target],
-    load: Load,
+    columns: Sequence[Column],
+    prompts: Prompts,
     *,
     streams: Sequence[int],
     rounds: int,
+    max_tokens: int,
     warmup: int = 1,
-    pause_s: float = 0.2,
+    pause_s: float = 0.05,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Burst]:
-    """All bursts after the warm-up, targets in turn within a round and rotated between rounds,
-    so that a machine that slows down or speeds up does so for all of them alike.
+    """All bursts after the warm-up. Every chat of every column has a picture and a text of its
+    own; the questions of a round are the same for all columns.
     """
     bursts: list[Burst] = []
+    numbers = itertools.count()
     for round_ in range(-warmup, rounds):
         for num_streams in streams:
-            first = round_ % len(targets)
-            for target in [*targets[first:], *targets[:first]]:
-                progress(f"{target.name}, {num_streams} at once")
-                done = await burst(client, target, load, num_streams, round_)
+            for column in in_turn(columns, round_):
+                progress(f"{column.name}, {num_streams} at once")
+                chats = [
+                    prompts.about_picture(next(numbers), round_ + stream, new_size=column.new_sizes)
+                    for stream in range(num_streams)
+                ]
+                start = time.perf_counter()
+                records = await column.answer(chats, max_tokens)
+                wall_s = time.perf_counter() - start
                 if round_ >= 0:
-                    bursts.append(done)
+                    bursts.append(Burst(column.name, num_streams, round_, wall_s, tuple(records)))
                 await asyncio.sleep(pause_s)
     return bursts

@@ -2,100 +2,241 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
-from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from server.bench.load import Burst, Load
-from server.bench.summary import Cell, Comparison, Spread, cells, comparisons
+from server.bench.footprint import Budget, Footprint
+from server.bench.load import Burst
+from server.bench.second_turn import SecondTurn
+from server.bench.soak import Soak
+from server.bench.stalls import Stalls
+from server.bench.summary import Cell, Comparison, Interval, Spread, cells, comparisons
 from server.bench.target import Target
 
+MIB = 1024 * 1024
 
-def tables(bursts: Sequence[Burst], baseline: str, max_tokens: int) -> Group:
-    """Medians with interquartile ranges; a second table of ratios when there is a choice."""
-    compared = comparisons(bursts, baseline)
-    parts = [_cell_table(cells(bursts), max_tokens)]
+
+def throughput_tables(bursts: Sequence[Burst], baseline: str, max_tokens: int) -> list[Table]:
+    """What was measured, and against the baseline where there is a choice."""
+    rows, compared = cells(bursts), comparisons(bursts, baseline)
+    tables = [_cell_table(rows, max_tokens)]
     if compared:
-        parts.append(_comparison_table(compared, baseline))
-    return Group(*parts)
+        tables.append(_ratio_table(compared, baseline))
+        tables += _overhead_table(rows, compared, baseline)
+    return tables
+
+
+def throughput_json(bursts: Sequence[Burst], baseline: str) -> dict[str, Any]:
+    """Everything that was measured, to the single chat."""
+    return {
+        "cells": [asdict(cell) for cell in cells(bursts)],
+        "comparisons": [asdict(each) for each in comparisons(bursts, baseline)],
+        "bursts": [asdict(burst) | {"tokens_per_s": burst.tokens_per_s} for burst in bursts],
+    }
+
+
+def stalls_table(rows: Sequence[Stalls]) -> Table:
+    table = _table(
+        "Gaps between tokens of running answers while long prompts arrive: median / p99, ms",
+        ("streams", "server", "alone", "with arrivals", "p99 with / median alone", "arrivals"),
+    )
+    for row in rows:
+        table.add_row(
+            str(row.num_streams),
+            _name(row.target, row.num_failed, row.first_error),
+            _median_and_p99(row.quiet),
+            _median_and_p99(row.disturbed),
+            _interval(row.worst, 1, "{:.2f}"),
+            f"{row.num_arrivals} of {_median(row.arrival_tokens)} tokens",
+        )
+    return table
+
+
+def second_turn_table(rows: Sequence[SecondTurn]) -> Table:
+    table = _table(
+        "Time to first token of two questions about one picture: median (interquartile range)",
+        ("server", "first ms", "second ms", "second / first", "cached of second prompt"),
+        num_names=1,
+    )
+    for row in rows:
+        table.add_row(
+            _name(row.target, row.num_failed, row.first_error),
+            _spread(row.first, 1000, "{:.1f}"),
+            _spread(row.second, 1000, "{:.1f}"),
+            _interval(row.ratio, 1, "{:.3f}"),
+            f"{_median(row.cached_tokens)} of {_median(row.second_prompt_tokens)}",
+        )
+    return table
+
+
+def soak_table(rows: Sequence[Soak]) -> Table:
+    table = _table(
+        "Memory of the server's process over unlike requests, MiB",
+        ("server", "requests", "cancelled", "ready", "peak", "weights + KV + caches")
+        + ("peak / that", "growth per 1000, second half"),
+        num_names=1,
+    )
+    for row in rows:
+        table.add_row(
+            _name(row.target, row.num_failed, row.first_error),
+            str(row.num_requests),
+            str(row.num_cancelled),
+            _mib(row.ready_bytes),
+            _mib(row.peak_bytes),
+            _budget(row.budget) if row.budget else "-",
+            f"{row.ratio:.2f}" if row.ratio else "-",
+            f"{1000 * row.slope_bytes / MIB:+.1f}",
+        )
+    return table
+
+
+def footprint_table(footprints: Mapping[str, Footprint]) -> Table:
+    """One row for each server that was started here."""
+    table = _table(
+        "Host memory of each server's process since it started (loading included), MiB",
+        ("server", "peak", "at the end"),
+        num_names=1,
+    )
+    for name, footprint in footprints.items():
+        table.add_row(escape(name), _mib(footprint.peak_bytes), _mib(footprint.now_bytes))
+    return table
 
 
 def as_json(
-    bursts: Sequence[Burst],
+    figures: Mapping[str, Any],
     targets: Sequence[Target],
-    load: Load,
-    baseline: str,
     machine: Mapping[str, object],
     settings: Mapping[str, object],
 ) -> str:
-    """Everything that was measured, to the single chat; keys of targets left out."""
+    """One object; keys of targets left out."""
     return json.dumps(
         {
             "machine": dict(machine),
             "command": sys.argv,
-            "settings": {
-                **settings,
-                "max_tokens": load.max_tokens,
-                "seed": load.seed,
-                "load_digest": load.digest,
-                "image_size": load.image.size,
-            },
-            "targets": [asdict(replace(target, api_key="")) for target in targets],
-            "cells": [asdict(cell) for cell in cells(bursts)],
-            "comparisons": [asdict(each) for each in comparisons(bursts, baseline)],
-            "bursts": [asdict(burst) | {"tokens_per_s": burst.tokens_per_s} for burst in bursts],
+            "settings": dict(settings),
+            "targets": [asdict(replace(target, api_key="", pid=0)) for target in targets],
+            **figures,
         },
         indent=1,
     )
 
 
 def _cell_table(rows: Sequence[Cell], max_tokens: int) -> Table:
-    table = Table(title="Streaming chats with a picture: median (interquartile range)")
-    table.add_column("streams", justify="right")
-    table.add_column("server")
-    for name in ("tokens/s", "TTFT s", "inter-token ms", "longest gap ms", "tokens per chat"):
-        table.add_column(name, justify="right")
+    table = _table(
+        "Streaming chats with a photograph each: median (interquartile range)",
+        ("streams", "server", "tokens/s", "TTFT ms", "inter-token ms", "gap p50 / p99 ms")
+        + ("decode step ms", "cached of prompt", "tokens"),
+    )
     for index, row in enumerate(rows):
-        last_of_group = index + 1 == len(rows) or rows[index + 1].num_streams != row.num_streams
-        failed = f" {row.num_failed} failed: {row.first_error}" if row.num_failed else ""
         table.add_row(
             str(row.num_streams),
-            escape(row.target + failed),
+            _name(row.target, row.num_failed, row.first_error),
             _spread(row.tokens_per_s, 1, "{:.1f}"),
-            _spread(row.time_to_first_token_s, 1, "{:.3f}"),
+            _spread(row.time_to_first_token_s, 1000, "{:.0f}"),
             _spread(row.inter_token_latency_s, 1000, "{:.1f}"),
-            _spread(row.longest_gap_s, 1000, "{:.0f}"),
+            _median_and_p99(row.gap_s),
+            _spread(row.step_s, 1000, "{:.1f}"),
+            f"{_median(row.cached_tokens)} of {_median(row.prompt_tokens)}",
             _tokens(row, max_tokens),
-            end_section=last_of_group,
+            end_section=_ends_group(rows, index),
         )
     return table
 
 
-def _comparison_table(rows: Sequence[Comparison], baseline: str) -> Table:
-    table = Table(title=f"Ratio to {baseline} in the same round: median (interquartile range)")
-    table.add_column("streams", justify="right")
-    table.add_column("server")
-    for name in ("tokens/s", "TTFT", "inter-token"):
-        table.add_column(name, justify="right")
-    for row in rows:
+def _ratio_table(rows: Sequence[Comparison], baseline: str) -> Table:
+    table = _table(
+        f"Ratio to {baseline} within rounds: median (95 % interval of the median)",
+        ("streams", "server", "rounds", "tokens/s", "TTFT", "inter-token", "decode step"),
+    )
+    for index, row in enumerate(rows):
         table.add_row(
             str(row.num_streams),
             escape(row.target),
-            _spread(row.tokens_per_s, 1, "{:.3f}"),
-            _spread(row.time_to_first_token, 1, "{:.3f}"),
-            _spread(row.inter_token_latency, 1, "{:.3f}"),
+            str(row.tokens_per_s.n if row.tokens_per_s else 0),
+            *(
+                _interval(ratio, 1, "{:.3f}")
+                for ratio in (
+                    row.tokens_per_s,
+                    row.time_to_first_token,
+                    row.inter_token_latency,
+                    row.step,
+                )
+            ),
+            end_section=_ends_group(rows, index),
         )
     return table
 
 
+def _overhead_table(
+    rows: Sequence[Cell], compared: Sequence[Comparison], baseline: str
+) -> list[Table]:
+    """The servers' own account of steering beside the difference that a client sees."""
+    told = {(row.num_streams, row.target): row for row in rows if row.overhead_ms}
+    table = _table(
+        f"What steering costs a chat, ms: the server's account, and the difference to {baseline}",
+        ("streams", "server", "it says: overhead", "it says: shift", "TTFT more", "whole more"),
+    )
+    for each in compared:
+        cell = told.get((each.num_streams, each.target))
+        if cell is None:
+            continue
+        table.add_row(
+            str(each.num_streams),
+            escape(each.target),
+            _spread(cell.overhead_ms, 1, "{:.2f}"),
+            _spread(cell.shift_ms, 1, "{:.2f}"),
+            _interval(each.time_to_first_token_more_s, 1000, "{:+.1f}"),
+            _interval(each.e2e_more_s, 1000, "{:+.1f}"),
+        )
+    return [table] if table.row_count else []
+
+
+def _table(title: str, columns: Sequence[str], *, num_names: int = 2) -> Table:
+    """The last of the first `num_names` columns is a name, the rest are numbers."""
+    table = Table(title=title)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == num_names - 1 else "right")
+    return table
+
+
+def _name(target: str, num_failed: int, first_error: str) -> str:
+    return escape(target + (f" {num_failed} failed: {first_error}" if num_failed else ""))
+
+
+def _ends_group(rows: Sequence[Cell] | Sequence[Comparison], index: int) -> bool:
+    return index + 1 == len(rows) or rows[index + 1].num_streams != rows[index].num_streams
+
+
 def _spread(value: Spread | None, scale: float, form: str) -> str:
+    return _three(value, scale, form.format)
+
+
+def _interval(value: Interval | None, scale: float, form: str) -> str:
+    """Marked where too few rounds make it less than a 95 % interval."""
+    short = "" if value is None or value.level >= 0.95 else f", {value.level:.0%}"
+    return _three(value, scale, form.format, short)
+
+
+def _three(
+    value: Spread | Interval | None, scale: float, form: Callable[[float], str], note: str = ""
+) -> str:
     if value is None:
         return "-"
-    median, low, high = (form.format(scale * v) for v in (value.median, value.low, value.high))
-    return f"{median} ({low}-{high})"
+    median, low, high = (form(scale * each) for each in (value.median, value.low, value.high))
+    between = " to " if low.startswith(("+", "-")) or high.startswith(("+", "-")) else "-"
+    return f"{median} ({low}{between}{high}{note})"
+
+
+def _median(value: Spread | None) -> str:
+    return "-" if value is None else f"{value.median:.0f}"
+
+
+def _median_and_p99(value: Spread | None) -> str:
+    return "-" if value is None else f"{1000 * value.median:.1f} / {1000 * value.p99:.1f}"
 
 
 def _tokens(row: Cell, max_tokens: int) -> str:
@@ -105,3 +246,12 @@ def _tokens(row: Cell, max_tokens: int) -> str:
     short = "" if row.tokens_per_chat.low == max_tokens else f" of {max_tokens}"
     chunks = " (chunks)" if "chunks" in row.counted_by else ""
     return f"{row.tokens_per_chat.median:.0f}{short}{chunks}"
+
+
+def _budget(budget: Budget) -> str:
+    parts = (budget.weights_bytes, budget.kv_bytes, budget.caches_bytes)
+    return " + ".join(map(_mib, parts))
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / MIB:.0f}"

@@ -1,17 +1,141 @@
-"""Start the servers to compare on the same checkpoint: Deshift itself and `transformers serve`."""
+"""The checkpoint, and the servers that are started on it: Deshift itself, `transformers serve`."""
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.bench.target import Target
+from server.bench.footprint import Budget, budget
+from server.bench.target import BenchError, Target
+from server.config import PREFIX, Settings
 from server.process import child_server, free_port
 
 # It needs openai and accelerate beside what Deshift installs: pip install 'deshift[reference]'.
 # It batches text models only: chats with a vision-language model run one after the other.
 TRANSFORMERS_SERVE = "from transformers.cli.transformers import main; main()"
+OURS = "deshift"
+PLAIN = "deshift plain-sample"
+ALL_CONDITIONS = "off,dataset,sample-cold,sample-warm"
+# The paper's way: both extra passes from the first token, nothing kept.
+PLAIN_SAMPLE = {
+    f"{PREFIX}STEERING_MODE": "sample",
+    f"{PREFIX}PREFIX_CACHE_BYTES": "0",
+    f"{PREFIX}VISION_CACHE_BYTES": "0",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What our server runs, in which environment, and the conditions that it can be measured in
+    ("" : as its settings have it).
+    """
+
+    model: Path
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    conditions: str = ""
+
+
+def of_directory(model: Path) -> Checkpoint:
+    """Any checkpoint, with this environment's settings."""
+    return Checkpoint(model, dict(os.environ))
+
+
+def of_demo() -> Checkpoint:
+    """The demonstration model with its vectors. Raises SteeringError."""
+    from server.demo import setup
+
+    env = setup.environment(setup.prepare(setup.cache_dir()))
+    return Checkpoint(Path(env[f"{PREFIX}MODEL"]), env, ALL_CONDITIONS)
+
+
+def of_shape(name: str) -> Checkpoint:
+    """A random model, its random vectors in a store of its own.
+
+    Raises BenchError for an unknown name, SteeringError.
+    """
+    from server.bench import shapes  # torch: seconds
+    from server.demo import setup
+    from steering.stores import open_store
+
+    if name not in shapes.SHAPES:
+        raise BenchError(f"--shape {name} is not one of: {', '.join(shapes.SHAPES)}")
+    built = shapes.build(shapes.SHAPES[name], setup.cache_dir())
+    url = f"sqlite:///{(built.vectors.parent / 'bench.db').absolute()}"
+    store = open_store(url)
+    try:
+        store.set_alias(shapes.ALIAS, store.put_vectors(built.vectors.read_bytes()))
+    finally:
+        store.close()
+    values = {
+        "STORE": url,
+        "VECTOR_ALIAS": shapes.ALIAS,
+        "STEERING_MODE": "dataset",
+        "ALPHA": str(shapes.ALPHA),
+        "SERVED_MODEL_NAME": name,
+        "CLIENT_OVERRIDE": "any",
+    }
+    env = setup.environment({f"{PREFIX}{key}": value for key, value in values.items()})
+    return Checkpoint(built.model, env, ALL_CONDITIONS)
+
+
+def checkpoint(serve: Path | None, demo: bool, shape: str | None) -> Checkpoint | None:
+    """The one that is asked for, if any. Raises BenchError, SteeringError."""
+    if sum((serve is not None, demo, shape is not None)) > 1:
+        raise BenchError("--serve, --demo and --shape each choose the checkpoint: give one")
+    if demo:
+        return of_demo()
+    if shape:
+        return of_shape(shape)
+    return of_directory(serve) if serve else None
+
+
+@dataclass(frozen=True)
+class Started:
+    """Servers that run, and by process id what memory the settings allow ours."""
+
+    targets: list[Target]
+    budgets: dict[int, Budget]
+
+
+def start(
+    stack: ExitStack,
+    checkpoint: Checkpoint | None,
+    *,
+    plain_sample: bool,
+    transformers: bool,
+    settings: Sequence[tuple[str, str]],
+    num_rows: int,
+    logs: Path,
+    dtype: str,
+) -> Started:
+    """The servers on the checkpoint, ours first; they end with `stack`. `settings` by field.
+
+    Raises BenchError, ChildError, ConfigError.
+    """
+    result = Started([], {})
+    if checkpoint is None:
+        if plain_sample or transformers or settings:
+            raise BenchError(
+                "--plain-sample, --transformers-serve and --setting need a checkpoint: "
+                "give --serve, --demo or --shape"
+            )
+        return result
+    # As many rows as chats at once, so that none waits for another's end, unless said otherwise.
+    env = {f"{PREFIX}MAX_ROWS": str(num_rows), **checkpoint.env}
+    env |= {f"{PREFIX}{name.upper()}": value for name, value in settings}
+    wanted = {OURS: env} | ({PLAIN: env | PLAIN_SAMPLE} if plain_sample else {})
+    for name, environment in wanted.items():
+        allowed = budget(checkpoint.model, Settings.from_env(environment), dtype)
+        served = deshift_serve(name, checkpoint.model, logs, dtype, environment)
+        target = stack.enter_context(served)
+        result.targets.append(target)
+        result.budgets[target.pid] = allowed
+    if transformers:
+        reference = transformers_serve(checkpoint.model, logs, dtype)
+        result.targets.append(stack.enter_context(reference))
+    return result
 
 
 @contextmanager
@@ -23,18 +147,19 @@ def transformers_serve(model: Path, logs: Path, dtype: str) -> Iterator[Target]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     log = logs / "transformers-serve.log"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with child_server(command, ready_url=f"{url}/health", log=log, env=env):
-        yield Target("transformers", url, model=str(model))
+    with child_server(command, ready_url=f"{url}/health", log=log, env=env) as process:
+        yield Target("transformers", url, model=str(model), pid=process.pid)
 
 
 @contextmanager
 def deshift_serve(
-    model: Path, logs: Path, dtype: str, env: Mapping[str, str] | None = None
+    name: str, model: Path, logs: Path, dtype: str, env: Mapping[str, str]
 ) -> Iterator[Target]:
-    """This server on a free loopback port, with the settings of `env` or of this environment."""
+    """This server on a free loopback port, in the environment `env`; its log is `name`'s."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-    with child_server(command, ready_url=f"{url}/ready", log=logs / "deshift-serve.log", env=env):
-        yield Target("deshift", url)
+    log = logs / f"{name.replace(' ', '-')}.log"
+    with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
+        yield Target(name, url, pid=process.pid)

@@ -17,18 +17,25 @@ Arrival = tuple[float, bytes]
 
 @dataclass(frozen=True)
 class StreamRecord:
-    """Seconds from sending the request. `tokens` by the server's own usage when it sends one,
-    else the number of content chunks (`counted_by`). `gaps_s`: between content chunks.
+    """Seconds from sending the request, which was at `start_s` of the monotonic clock.
+
+    `tokens` by the server's own usage when it sends one, else the number of content chunks
+    (`counted_by`). `gaps_s`: between content chunks. `overhead_ms` and `shift_ms`: what the
+    server says steering cost this chat, None where it says nothing.
     """
 
+    start_s: float = 0.0
     time_to_first_token_s: float = 0.0
     e2e_s: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     counted_by: str = "chunks"
     gaps_s: tuple[float, ...] = ()
     text: str = ""
     steering: str = ""
+    overhead_ms: float | None = None
+    shift_ms: float | None = None
     error: str = ""
 
     @property
@@ -50,24 +57,29 @@ async def chat(client: httpx.AsyncClient, target: Target, body: dict[str, Any]) 
             async for part in response.aiter_raw():
                 arrivals.append((time.perf_counter() - start, part))
     except httpx.HTTPError as error:
-        return StreamRecord(error=f"{type(error).__name__}: {error}")
+        return StreamRecord(start, error=f"{type(error).__name__}: {error}")
     if response.status_code != 200:
         message = b"".join(part for _, part in arrivals).decode(errors="replace")
-        return StreamRecord(error=f"{response.status_code}: {message[:300]}")
-    return record(arrivals, steering=response.headers.get("x-deshift-steering", ""))
+        return StreamRecord(start, error=f"{response.status_code}: {message[:300]}")
+    steering = response.headers.get("x-deshift-steering", "")
+    return record(arrivals, start_s=start, steering=steering)
 
 
-def record(arrivals: Sequence[Arrival], *, steering: str = "") -> StreamRecord:
+def record(
+    arrivals: Sequence[Arrival], *, start_s: float = 0.0, steering: str = ""
+) -> StreamRecord:
     """What a stream's stamped bytes say."""
     times: list[float] = []
     texts: list[str] = []
-    usage: dict[str, int] = {}
+    usage: dict[str, Any] = {}
+    applied: dict[str, Any] = {}
     error = ""
     for moment, data in _events(arrivals):
         if data == "[DONE]":
             continue
         event = json.loads(data)
         usage = event.get("usage") or usage
+        applied = event.get("steering") or applied
         error = error or str(event.get("error") or "")
         text = "".join(
             (choice.get("delta") or {}).get("content") or "" for choice in event.get("choices", [])
@@ -77,16 +89,20 @@ def record(arrivals: Sequence[Arrival], *, steering: str = "") -> StreamRecord:
             texts.append(text)
     if not times:
         error = error or "the stream held no text"
-        return StreamRecord(steering=steering, error=error)
+        return StreamRecord(start_s, steering=steering, error=error)
     return StreamRecord(
+        start_s=start_s,
         time_to_first_token_s=times[0],
         e2e_s=arrivals[-1][0],
         tokens=usage.get("completion_tokens", len(times)),
         prompt_tokens=usage.get("prompt_tokens", 0),
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
         counted_by="usage" if "completion_tokens" in usage else "chunks",
         gaps_s=tuple(after - before for before, after in zip(times, times[1:], strict=False)),
         text="".join(texts),
         steering=steering,
+        overhead_ms=applied.get("overhead_ms"),
+        shift_ms=applied.get("shift_ms"),
         error=error,
     )
 

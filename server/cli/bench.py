@@ -1,13 +1,15 @@
-"""`deshift bench`: any OpenAI-compatible servers side by side, with pictures, interleaved."""
+"""`deshift bench`: our server's conditions and any other OpenAI-compatible servers, interleaved."""
 
 import asyncio
 import contextlib
+import os
+import secrets
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
@@ -15,40 +17,78 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.bench import machine, report, servers
-from server.bench.load import Burst, Load, measure
-from server.bench.target import BenchError, Target, resolved
+from server.bench import machine, report, scenarios, servers
+from server.bench.footprint import DTYPES, Footprint
+from server.bench.load import Column, Served
+from server.bench.prompts import NUM_CODES, Prompts
+from server.bench.scenarios import SCENARIOS, Effort, Outcome, Scenario
+from server.bench.servers import Checkpoint
+from server.bench.target import BenchError, Target, resolved, variants
 from server.process import ChildError
 
 LONGEST_ANSWER_S = 600.0
-WIDTH = 120  # where no terminal says its own
+WIDTH = 160  # where no terminal says its own
 
 
 def bench(
-    url: Annotated[
-        list[str] | None,
-        typer.Option(help="A server: name=http://host:port (repeatable).", metavar="NAME=URL"),
-    ] = None,
     serve: Annotated[
         Path | None,
         typer.Option(
-            help="Also start this server, with the settings of the environment, on a checkpoint.",
+            help="Start this server, with the settings of the environment, on a checkpoint.",
             exists=True,
             file_okay=False,
         ),
     ] = None,
-    transformers_serve: Annotated[
-        Path | None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Start it on the demonstration model.")
+    ] = False,
+    shape: Annotated[
+        str | None,
         typer.Option(
-            help="Also start `transformers serve` on a checkpoint.", exists=True, file_okay=False
+            help="Start it on a model of a known shape with random weights, built once in the "
+            "cache directory: llava-0.5b or llava-1.5-7b."
         ),
     ] = None,
-    demo: Annotated[
+    steering: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure a Deshift server (the started one is `deshift`) in several conditions: "
+            "off, dataset, sample-cold, sample-warm or an alpha each; one that is named twice "
+            "shows what the machine's noise is. --demo and --shape: the first four, unless given.",
+            metavar="NAME=CONDITION,...",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A setting of the started Deshift servers: decoder=eager, max_model_len=1024.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
+    plain_sample: Annotated[
         bool,
         typer.Option(
-            "--demo", help="Start both on the demonstration model, steered as recommended."
+            "--plain-sample",
+            help="Also start it without caches at the sample level: two whole extra passes.",
         ),
     ] = False,
+    transformers_serve: Annotated[
+        bool,
+        typer.Option(
+            "--transformers-serve", help="Also start `transformers serve` on that checkpoint."
+        ),
+    ] = False,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate",
+            help="Also run transformers' generate here on that checkpoint, a burst as one batch.",
+        ),
+    ] = False,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="Another server: name=http://host:port.", metavar="NAME=URL"),
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help="A server's model; by default the first it lists.", metavar="NAME=MODEL"),
@@ -57,25 +97,27 @@ def bench(
         list[str] | None,
         typer.Option(help="A server's API key.", metavar="NAME=KEY"),
     ] = None,
-    steering: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Measure a Deshift server several times: off, dataset (the server's alpha) or an "
-            "alpha each, for example deshift=off,dataset,0.2.",
-            metavar="NAME=SETTING,...",
-        ),
-    ] = None,
-    streams: Annotated[str, typer.Option(help="Numbers of chats at once.")] = "1,4,16",
+    scenario: Annotated[
+        str, typer.Option(help="throughput, stalls, second-turn or memory.")
+    ] = "throughput",
+    streams: Annotated[str, typer.Option(help="Numbers of chats at once.")] = "1,4,16,32",
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before them, not counted.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of --scenario memory.")] = 2000,
     image: Annotated[
         Path | None, typer.Option(help="A picture; by default the photograph that ships.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the pictures' patches.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Where pictures and texts begin to be numbered; by default drawn anew, so that "
+            "a server that runs on has seen none of them."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Number format of started servers.")] = "bfloat16",
     baseline: Annotated[
-        str | None, typer.Option(help="Server that ratios refer to; by default the first.")
+        str | None, typer.Option(help="Column that ratios refer to; by default the first.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write every figure here.")
@@ -84,97 +126,132 @@ def bench(
         ".deshift/bench"
     ),
 ) -> None:
-    """Measure throughput, time to first token and inter-token latency of servers side by side.
+    """Measure servers side by side: every column in turn, round by round, in one run.
 
-    All get the same pictures and questions, in rounds that take the servers in turn. Servers
-    that know `ignore_eos` (or, as `transformers serve`, a generation config) produce exactly
-    --max-tokens tokens; for others the number they report is shown.
+    Every chat has a photograph and a text that no other chat has, so that no cache answers for
+    the work. sample-warm: photographs of one size, so the corrupted picture is known; sample-cold:
+    every photograph of a new size. (Models that scale a picture to a fixed size spend equally
+    many tokens on both; for others cold is a few pixels more.) Ratios are taken within rounds;
+    for differences of 1 % use many short rounds (--rounds 40 --max-tokens 16). Servers that know
+    `ignore_eos` (or, as `transformers serve`, a generation config) produce exactly --max-tokens.
+
+    --scenario throughput: tokens/s, time to first token, gaps between tokens, a decode step with
+    all chats decoding, what steering costs by the server's account and by comparison.
+
+    --scenario stalls: the gaps between tokens of running answers while text prompts of 2,000
+    tokens keep arriving, and without them.
+
+    --scenario second-turn: time to first token of a second question about a picture, after an
+    answer of --max-tokens, over that of the first.
+
+    --scenario memory: the server's memory over --requests unlike requests with random cancels,
+    as many at once as the largest of --streams, against weights, KV budget and cache budgets.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    load = Load(_image(image), max_tokens, seed)
     numbers = _numbers(streams)
+    chosen = _scenario(scenario)
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}")
+    prompts = Prompts(_image(image), secrets.randbelow(NUM_CODES) if seed is None else seed)
     try:
         with contextlib.ExitStack() as started:
-            targets = [
-                Target(name, value.rstrip("/").removesuffix("/v1")) for name, value in _pairs(url)
-            ]
-            env: Mapping[str, str] | None = None
-            if demo:
-                from server.demo import setup
-
-                console.print("Building the demonstration model")
-                env = setup.environment(setup.prepare(setup.cache_dir()))
-                serve = transformers_serve = Path(env["DESHIFT_MODEL"])
-            if serve:
-                console.print(f"Starting deshift on {serve}")
-                targets.append(
-                    started.enter_context(servers.deshift_serve(serve, logs, dtype, env))
-                )
-            if transformers_serve:
-                console.print(f"Starting transformers serve on {transformers_serve}")
-                targets.append(
-                    started.enter_context(
-                        servers.transformers_serve(transformers_serve, logs, dtype)
-                    )
-                )
-            targets = _configured(targets, dict(_pairs(model)), dict(_pairs(api_key)))
-            targets = _variants(targets, dict(_pairs(steering)))
-            if not targets:
-                raise BenchError(
-                    "nothing to measure: give --url, --serve, --transformers-serve or --demo"
-                )
-            base = baseline or targets[0].name
-            if base not in {target.name for target in targets}:
-                raise BenchError(f"--baseline {base} is none of the servers")
-            before = machine.describe()
-            targets, bursts = asyncio.run(
-                _run(console, targets, load, numbers, rounds=rounds, warmup=warmup)
+            console.print(f"Preparing models and servers (their logs: {logs})")
+            checkpoint = servers.checkpoint(serve, demo, shape)
+            found = servers.start(
+                started,
+                checkpoint,
+                plain_sample=plain_sample,
+                transformers=transformers_serve,
+                settings=_pairs(setting),
+                num_rows=max(numbers),
+                logs=logs,
+                dtype=dtype,
             )
+            named = [Target(name, at.rstrip("/").removesuffix("/v1")) for name, at in _pairs(url)]
+            targets = [*found.targets, *named]
+            targets = _configured(targets, dict(_pairs(model)), dict(_pairs(api_key)))
+            conditions = dict(_pairs(steering))
+            if checkpoint and checkpoint.conditions:
+                conditions.setdefault(servers.OURS, checkpoint.conditions)
+            targets = variants(targets, conditions)
+            local = _generate(checkpoint, dtype) if generate else []
+            names = [target.name for target in targets] + [column.name for column in local]
+            if not names:
+                raise BenchError("nothing to measure: give --serve, --demo, --shape or --url")
+            base = baseline or names[0]
+            if base not in names:
+                raise BenchError(f"--baseline {base} is none of: {', '.join(names)}")
+            effort = Effort(
+                numbers, rounds, warmup, max_tokens, requests, base, budgets=found.budgets
+            )
+            before = machine.describe()
+            targets, outcome = asyncio.run(_run(console, chosen, targets, local, prompts, effort))
+            before["load_average_after"] = list(os.getloadavg())
+            footprints = {
+                target.name: footprint
+                for target in found.targets
+                if (footprint := Footprint.of(target.pid))
+            }
     except (BenchError, ChildError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    console.print(report.tables(bursts, base, max_tokens))
+    for table in outcome.tables:
+        console.print(table)
+    if footprints and chosen != "memory":
+        console.print(report.footprint_table(footprints))
+    how = f"{rounds} rounds after {warmup} of warm-up, {max_tokens} tokens each, "
+    size = f"picture {prompts.image.width} x {prompts.image.height}. "
     console.print(
-        f"{rounds} rounds after {warmup} of warm-up, {max_tokens} tokens each, picture "
-        f"{load.image.width} x {load.image.height}. {machine.summary(before)}",
-        markup=False,
+        ("" if chosen == "memory" else how) + size + machine.summary(before), markup=False
     )
     if json_path:
         settings = {
+            "scenario": chosen,
             "rounds": rounds,
             "warmup": warmup,
             "streams": numbers,
+            "max_tokens": max_tokens,
+            "requests": requests,
+            "seed": prompts.first,
             "dtype": dtype,
-            "checkpoints": {
-                str(path): machine.checkpoint_digest(path)
-                for path in (serve, transformers_serve)
-                if path
-            },
+            "baseline": base,
+            "server": dict(_pairs(setting)),
+            "load_digest": prompts.digest,
+            "image_size": prompts.image.size,
+            "checkpoint": machine.checkpoint_digest(checkpoint.model) if checkpoint else None,
         }
-        json_path.write_text(report.as_json(bursts, targets, load, base, before, settings))
-    if any(record.error for burst in bursts for record in burst.records):
+        figures = outcome.figures | {
+            "footprints": {name: asdict(each) for name, each in footprints.items()}
+        }
+        json_path.write_text(report.as_json(figures, targets, before, settings))
+    if outcome.num_failed:
         raise typer.Exit(1)
+
+
+def _generate(checkpoint: Checkpoint | None, dtype: str) -> list[Column]:
+    from server.bench.generate import Generated  # torch: seconds
+
+    if checkpoint is None:
+        raise BenchError("--generate needs a checkpoint: give --serve, --demo or --shape")
+    return [Generated(checkpoint.model, dtype)]
 
 
 async def _run(
     console: Console,
+    scenario: Scenario,
     targets: Sequence[Target],
-    load: Load,
-    streams: Sequence[int],
-    *,
-    rounds: int,
-    warmup: int,
-) -> tuple[list[Target], list[Burst]]:
+    local: Sequence[Column],
+    prompts: Prompts,
+    effort: Effort,
+) -> tuple[list[Target], Outcome]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     timeout = httpx.Timeout(LONGEST_ANSWER_S, connect=10.0)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
-        picture, _ = load.prompt(-1, 0)
-        ready = []
-        for target in targets:
-            try:
-                ready.append(await resolved(client, target, picture))
-            except httpx.HTTPError as error:
-                raise BenchError(f"{target.name} at {target.url}: {error!r}") from error
+        ready = [
+            await resolved(client, target, prompts.about_picture(NUM_CODES - 1 - index))
+            for index, target in enumerate(targets)
+        ]
+        columns: list[Column] = [*(Served(client, target) for target in ready), *local]
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -183,15 +260,12 @@ async def _run(
             console=console,
             transient=True,
         ) as progress:
-            task = progress.add_task("", total=(rounds + warmup) * len(streams) * len(targets))
+            task = progress.add_task("", total=scenarios.num_steps(scenario, columns, effort))
 
             def step(description: str) -> None:
                 progress.update(task, description=description, advance=1)
 
-            bursts = await measure(
-                client, ready, load, streams=streams, rounds=rounds, warmup=warmup, progress=step
-            )
-    return ready, bursts
+            return ready, await scenarios.run(scenario, columns, prompts, effort, step)
 
 
 def _configured(
@@ -207,31 +281,6 @@ def _configured(
         replace(t, model=models.get(t.name, t.model), api_key=keys.get(t.name, t.api_key))
         for t in targets
     ]
-
-
-def _variants(targets: Sequence[Target], wanted: dict[str, str]) -> list[Target]:
-    """Each target once, or once for each of its steering settings."""
-    if unknown := wanted.keys() - {target.name for target in targets}:
-        raise BenchError(f"--steering names no server: {', '.join(sorted(unknown))}")
-    result: list[Target] = []
-    for target in targets:
-        settings = wanted.get(target.name)
-        if settings is None:
-            result.append(target)
-            continue
-        for setting in settings.split(","):
-            extra = {"steering": _override(setting)}
-            result.append(replace(target, name=f"{target.name} {setting}", extra=extra))
-    return result
-
-
-def _override(setting: str) -> dict[str, Any]:
-    if setting in ("off", "dataset"):
-        return {"mode": setting}
-    try:
-        return {"mode": "dataset", "alpha": float(setting)}
-    except ValueError:
-        raise BenchError(f"steering {setting!r} is not off, dataset or an alpha") from None
 
 
 def _pairs(values: Sequence[str] | None) -> list[tuple[str, str]]:
@@ -250,6 +299,13 @@ def _numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise typer.BadParameter(f"--streams {text!r}: write for example 1,4,16")
     return numbers
+
+
+def _scenario(text: str) -> Scenario:
+    for scenario in SCENARIOS:
+        if scenario == text:
+            return scenario
+    raise typer.BadParameter(f"--scenario {text!r} is not one of: {', '.join(SCENARIOS)}")
 
 
 def _image(path: Path | None) -> Image.Image:

@@ -10,22 +10,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 NATURAL_LEN = 3
+TOKENS_PER_WORD = 2
+IMAGE_TOKENS = 40
 
 
 @dataclass
 class Script:
-    """`accepts`: the fields beyond OpenAI's that this server knows; others are refused."""
+    """`accepts`: the fields beyond OpenAI's that this server knows; others are refused.
 
-    accepts: frozenset[str] = frozenset({"ignore_eos", "stream_options", "steering"})
+    prefill_s: seconds a prompt token, in which no answer gets on; pictures that it has seen cost
+    nothing. shift_ms: what it says that mode `sample` took, and takes. num_broken: answers whose
+    client went away.
+    """
+
+    accepts: frozenset[str] = frozenset({"ignore_eos", "stream_options", "steering", "n"})
     refusal_status: int = 400
     gap_s: float = 0.0
+    prefill_s: float = 0.0
+    shift_ms: float = 0.0
     fail: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    num_broken: int = 0
+    engine: threading.Lock = field(default_factory=threading.Lock)
 
 
 @contextmanager
 def fake_server(script: Script) -> Iterator[str]:
     """The server's URL; it runs in threads until the block ends."""
+    seen: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -43,7 +55,10 @@ def fake_server(script: Script) -> Iterator[str]:
             elif script.fail and body["max_tokens"] > 2:
                 self._answer(503, {"error": {"message": "no room"}})
             else:
-                self._stream(body)
+                try:
+                    self._stream(body)
+                except (BrokenPipeError, ConnectionResetError):
+                    script.num_broken += 1
 
         def _stream(self, body: dict[str, Any]) -> None:
             self.send_response(200)
@@ -51,17 +66,28 @@ def fake_server(script: Script) -> Iterator[str]:
             steering = body.get("steering", {}).get("mode", "dataset")
             self.send_header("x-deshift-steering", f"mode={steering}")
             self.end_headers()
+            num_prompt, num_cached = _prompt_tokens(body, seen)
+            shift_ms = script.shift_ms if steering == "sample" else 0.0
+            with script.engine:
+                time.sleep(script.prefill_s * (num_prompt - num_cached) + shift_ms / 1000)
             config = json.loads(body.get("generation_config", "{}"))
             exact = body.get("ignore_eos") or "min_new_tokens" in config
             num_tokens = body["max_tokens"] if exact else min(NATURAL_LEN, body["max_tokens"])
             self._event({"choices": [{"delta": {"role": "assistant"}}]})
             for index in range(num_tokens):
                 time.sleep(script.gap_s)
-                self._event({"choices": [{"delta": {"content": f"word{index} "}}]})
+                with script.engine:
+                    self._event({"choices": [{"delta": {"content": f"word{index} "}}]})
             wants_usage = body.get("stream_options", {}).get("include_usage")
             if wants_usage or "generation_config" in script.accepts:
-                usage = {"prompt_tokens": 40, "completion_tokens": num_tokens}
-                self._event({"choices": [], "usage": usage})
+                usage = {
+                    "prompt_tokens": num_prompt,
+                    "completion_tokens": num_tokens,
+                    "prompt_tokens_details": {"cached_tokens": num_cached},
+                }
+                applied = {"mode": steering, "overhead_ms": 1.0 + shift_ms, "shift_ms": shift_ms}
+                told = {"steering": applied} if "steering" in script.accepts else {}
+                self._event({"choices": [], "usage": usage, **told})
             self.wfile.write(b"data: [DONE]\n\n")
 
         def _event(self, event: dict[str, Any]) -> None:
@@ -78,3 +104,20 @@ def fake_server(script: Script) -> Iterator[str]:
             yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
+
+
+def _prompt_tokens(body: dict[str, Any], seen: set[str]) -> tuple[int, int]:
+    """(all, those of pictures that were seen before); remembers the pictures."""
+    total = cached = 0
+    for message in body["messages"]:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part["type"] == "text":
+                total += TOKENS_PER_WORD * len(part["text"].split())
+                continue
+            url = part["image_url"]["url"]
+            total += IMAGE_TOKENS
+            cached += IMAGE_TOKENS if url in seen else 0
+            seen.add(url)
+    return total, cached

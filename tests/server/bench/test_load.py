@@ -1,33 +1,45 @@
-"""The load against scripted servers: dialects, order, equal pictures, real waiting."""
+"""The load against scripted servers: dialects, conditions, order, real waiting."""
 
 import asyncio
-import base64
-import io
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 
 import httpx
 import pytest
 from PIL import Image
 
-from server.bench.load import Burst, Load, measure
-from server.bench.target import BenchError, Target, resolved
+from server.bench.load import Burst, Served, in_turn, measure, steady_gaps
+from server.bench.prompts import Prompts
+from server.bench.stream import StreamRecord
+from server.bench.target import BenchError, Target, resolved, variants
 from tests.server.bench.fake_server import Script, fake_server
 
-LOAD = Load(Image.new("RGB", (48, 32), "teal"), max_tokens=6)
+PROMPTS = Prompts(Image.new("RGB", (48, 32), "teal"))
+MAX_TOKENS = 6
 
 
 def run_resolved(target: Target) -> Target:
     async def go() -> Target:
         async with httpx.AsyncClient() as client:
-            return await resolved(client, target, LOAD.prompt(-1, 0)[0])
+            return await resolved(client, target, PROMPTS.about_picture(-1))
 
     return asyncio.run(go())
 
 
-def run_measure(targets: list[Target], streams: list[int], rounds: int) -> list[Burst]:
+def run_measure(targets: Sequence[Target], streams: list[int], rounds: int) -> list[Burst]:
     async def go() -> list[Burst]:
         async with httpx.AsyncClient() as client:
-            ready = [await resolved(client, t, LOAD.prompt(-1, 0)[0]) for t in targets]
-            return await measure(client, ready, LOAD, streams=streams, rounds=rounds, pause_s=0)
+            ready = [await resolved(client, t, PROMPTS.about_picture(-1)) for t in targets]
+            columns = [Served(client, target) for target in ready]
+            return await measure(
+                columns,
+                PROMPTS,
+                streams=streams,
+                rounds=rounds,
+                max_tokens=MAX_TOKENS,
+                pause_s=0,
+            )
 
     return asyncio.run(go())
 
@@ -57,44 +69,65 @@ def test_a_server_that_refuses_everything_is_quoted() -> None:
         run_resolved(Target("x", url))
 
 
-def test_targets_take_turns_and_get_the_same_pictures_and_questions() -> None:
+def test_a_condition_is_an_override_and_cold_is_a_new_size() -> None:
+    conditions = {"a": "off,sample-cold,sample-warm,0.25,off"}
+    found = variants([Target("a", "u"), Target("b", "u")], conditions)
+    assert [(t.name, dict(t.extra), t.new_sizes) for t in found] == [
+        ("a off", {"steering": {"mode": "off"}}, False),
+        ("a sample-cold", {"steering": {"mode": "sample"}}, True),
+        ("a sample-warm", {"steering": {"mode": "sample"}}, False),
+        ("a 0.25", {"steering": {"mode": "dataset", "alpha": 0.25}}, False),
+        ("a off (2)", {"steering": {"mode": "off"}}, False),
+        ("b", {}, False),
+    ]
+
+
+def test_columns_take_every_place_and_precede_each_other_equally_often() -> None:
+    orders = [tuple(in_turn("abc", round_)) for round_ in range(6)]
+    assert len(set(orders)) == 6
+    pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(pairs.values()) == {2} and len(pairs) == 6
+    assert [in_turn("ab", round_) for round_ in range(4)] == [
+        ["a", "b"],
+        ["b", "a"],
+        ["b", "a"],
+        ["a", "b"],
+    ]
+
+
+def test_targets_take_turns_and_no_prompt_is_sent_twice() -> None:
+    """Equal pictures for all columns would let one condition fill the cache for the next."""
     one, two = Script(), Script(accepts=frozenset({"generation_config"}), refusal_status=422)
     with fake_server(one) as first, fake_server(two) as second:
-        bursts = run_measure([Target("a", first), Target("b", second)], [1, 3], rounds=2)
-    order = [(b.round, b.num_streams, b.target) for b in bursts]
-    assert order == [
-        (0, 1, "a"),
-        (0, 1, "b"),
-        (0, 3, "a"),
-        (0, 3, "b"),
-        (1, 1, "b"),
-        (1, 1, "a"),
-        (1, 3, "b"),
-        (1, 3, "a"),
+        targets = variants([Target("a", first), Target("b", second)], {"a": "off,sample-cold"})
+        bursts = run_measure(targets, [1, 3], rounds=2)
+    names = [(b.round, b.num_streams, b.target) for b in bursts]
+    around = ["a off", "a sample-cold", "b"]
+    assert names == [
+        (round_, num_streams, name)
+        for round_, order in enumerate((around, around[::-1]))
+        for num_streams in (1, 3)
+        for name in order
     ]
-    assert [record.tokens for b in bursts for record in b.records] == [6] * 16
+    assert [record.tokens for b in bursts for record in b.records] == [MAX_TOKENS] * 24
     sent = [
-        [body["messages"] for body in script.bodies if body["max_tokens"] == 6]
+        body["messages"]
         for script in (one, two)
+        for body in script.bodies
+        if body["max_tokens"] == MAX_TOKENS
     ]
-    assert sorted(map(repr, sent[0])) == sorted(map(repr, sent[1]))
-    # 3 rounds (one of warm-up) of 1 and 3 chats; a round's first stream is the same picture.
-    assert len(sent[0]) == 12
-    assert len(set(map(repr, sent[0]))) == 9
-
-
-def test_every_chat_of_a_round_has_its_own_picture_of_the_same_size() -> None:
-    urls = [LOAD.prompt(round_, stream)[0] for round_ in range(2) for stream in range(3)]
-    assert len(set(urls)) == 6
-    assert LOAD.prompt(1, 2) == LOAD.prompt(1, 2)
-    data = base64.b64decode(urls[0].removeprefix("data:image/jpeg;base64,"))
-    assert Image.open(io.BytesIO(data)).size == (48, 32)
+    # 3 rounds (one of warm-up) of 1 and 3 chats in 3 columns.
+    assert len(sent) == 36
+    contents = [messages[0]["content"] for messages in sent]
+    assert len({content[0]["image_url"]["url"] for content in contents}) == 36
+    assert len({content[1]["text"] for content in contents}) == 36
 
 
 def test_streams_run_at_once_and_waiting_is_measured() -> None:
     with fake_server(Script(gap_s=0.05)) as url:
         [burst] = run_measure([Target("a", url)], [4], rounds=1)
     assert burst.wall_s < 1.2  # four in a row would take 1.2 s at least
+    assert 0.045 < burst.step_s < 0.2
     for record in burst.records:
         assert record.time_to_first_token_s >= 0.05
         assert 0.045 < record.inter_token_latency_s < 0.2
@@ -107,3 +140,13 @@ def test_a_refused_chat_is_a_failure_with_the_servers_words() -> None:
         True,
         True,
     ]
+
+
+def test_a_step_is_a_gap_in_which_all_chats_were_decoding() -> None:
+    early = StreamRecord(start_s=10.0, time_to_first_token_s=1.0, gaps_s=(5.0, 0.5, 0.5))
+    late = StreamRecord(start_s=10.5, time_to_first_token_s=5.0, gaps_s=(0.75, 0.25, 9.0))
+    # All decode from 15.5 (the late one's first token) to 17 (the early one's last).
+    assert steady_gaps([early, late]) == [0.5, 0.5, 0.75, 0.25]
+    assert steady_gaps([early, StreamRecord(error="no")]) == [5.0, 0.5, 0.5]
+    assert steady_gaps([StreamRecord(error="no")]) == []
+    assert Burst("a", 2, 0, 1.0, (early, late)).step_s == 0.5

@@ -56,3 +56,14 @@ def test_unicode_line_separators_within_the_text_do_not_end_a_line() -> None:
     chunk = {"choices": [{"delta": {"content": separators}}]}
     data = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
     assert record([(1.0, data)]).text == separators
+
+
+def test_what_the_server_says_of_caches_and_steering_is_kept() -> None:
+    usage = {"prompt_tokens": 600, "prompt_tokens_details": {"cached_tokens": 580}}
+    steering = {"mode": "sample", "overhead_ms": 12.5, "shift_ms": 11.0}
+    [last] = [event("b", usage=usage, steering=steering)]
+    result = record([(1.0, event("a") + b"\n\n"), (2.0, last + b"\n\n")], start_s=40.0)
+    assert (result.start_s, result.cached_tokens) == (40.0, 580)
+    assert (result.overhead_ms, result.shift_ms) == (12.5, 11.0)
+    silent = record([(1.0, event("a") + b"\n\n")])
+    assert (silent.cached_tokens, silent.overhead_ms, silent.shift_ms) == (0, None, None)

@@ -19,27 +19,60 @@ runner = CliRunner(env={"COLUMNS": "200"})
 def test_one_command_compares_servers_and_steering_and_writes_everything(tmp_path: Path) -> None:
     written = tmp_path / "bench.json"
     other = Script(accepts=frozenset({"generation_config"}), refusal_status=422)
-    with fake_server(Script()) as ours, fake_server(other) as theirs:
+    with fake_server(Script(shift_ms=100)) as ours, fake_server(other) as theirs:
         result = runner.invoke(
             app,
-            ["--url", f"ours={ours}/v1", "--url", f"theirs={theirs}", "--steering", "ours=off,0.25"]
-            + ["--streams", "1,2", "--rounds", "2", "--max-tokens", "4", "--json", str(written)]
-            + ["--api-key", "theirs=secret-key"],
+            ["--url", f"ours={ours}/v1", "--url", f"theirs={theirs}"]
+            + ["--steering", "ours=off,0.25,sample-warm", "--api-key", "theirs=secret-key"]
+            + ["--streams", "1,2", "--rounds", "2", "--max-tokens", "4", "--json", str(written)],
         )
     assert result.exit_code == 0, result.output
-    assert "ours off" in result.output and "ours 0.25" in result.output
+    names = ["ours off", "ours 0.25", "ours sample-warm", "theirs"]
+    assert all(name in result.output for name in names)
     assert "Ratio to ours off" in result.output
+    assert "What steering costs a chat" in result.output
     report = json.loads(written.read_text())
-    assert [target["name"] for target in report["targets"]] == ["ours off", "ours 0.25", "theirs"]
+    assert [target["name"] for target in report["targets"]] == names
     assert report["targets"][1]["extra"] == {"steering": {"mode": "dataset", "alpha": 0.25}}
-    assert [target["dialect"] for target in report["targets"]] == ["ignore_eos"] * 2 + [
+    assert [target["dialect"] for target in report["targets"]] == ["ignore_eos"] * 3 + [
         "generation_config"
     ]
-    assert len(report["cells"]) == 6 and len(report["comparisons"]) == 4
+    assert len(report["cells"]) == 8 and len(report["comparisons"]) == 6
     assert report["cells"][0]["steering"] == ["mode=off"]
-    assert len(report["bursts"]) == 12
-    assert report["machine"]["packages"]["torch"]
+    by_name = {cell["target"]: cell for cell in report["cells"] if cell["num_streams"] == 1}
+    shift = {
+        name: cell["shift_ms"] and cell["shift_ms"]["median"] for name, cell in by_name.items()
+    }
+    assert shift == {"ours off": 0, "ours 0.25": 0, "ours sample-warm": 100, "theirs": None}
+    more = report["comparisons"][1]["time_to_first_token_more_s"]
+    assert report["comparisons"][1]["target"] == "ours sample-warm" and 0.08 < more["median"] < 0.3
+    assert len(report["bursts"]) == 16
+    assert report["machine"]["packages"]["torch"] and report["machine"]["load_average_after"]
     assert "secret-key" not in json.dumps(report["targets"])
+
+
+@pytest.mark.parametrize(
+    ("scenario", "title", "part", "figure"),
+    [
+        ("stalls", "while long prompts arrive", "stalls", "worst"),
+        ("second-turn", "two questions about one picture", "second_turn", "ratio"),
+    ],
+)
+def test_a_scenario_has_its_own_table_and_part(
+    scenario: str, title: str, part: str, figure: str, tmp_path: Path
+) -> None:
+    written = tmp_path / "bench.json"
+    with fake_server(Script(gap_s=0.01)) as url:
+        result = runner.invoke(
+            app,
+            ["--scenario", scenario, "--url", f"ours={url}", "--steering", "ours=off,dataset"]
+            + ["--streams", "2", "--rounds", "1", "--max-tokens", "8", "--json", str(written)],
+        )
+    assert result.exit_code == 0, result.output
+    assert title in result.output
+    rows = json.loads(written.read_text())[part]
+    assert [row["target"] for row in rows] == ["ours off", "ours dataset"]
+    assert all(row[figure]["median"] > 0 for row in rows)
 
 
 def test_a_failed_chat_makes_the_command_fail() -> None:
@@ -56,12 +89,26 @@ def test_mistakes_are_named() -> None:
         (["--url", "http://127.0.0.1:9"], "write NAME=VALUE"),
         (["--url", "x=http://127.0.0.1:9", "--steering", "y=off"], "names no server: y"),
         (["--url", "x=http://127.0.0.1:9", "--steering", "x=on"], "'on' is not off, dataset"),
+        (["--url", "x=http://127.0.0.1:9", "--scenario", "speed"], "is not one of: throughput"),
+        (["--url", "x=http://127.0.0.1:9", "--dtype", "int4"], "is not one of: bfloat16"),
+        (["--url", "x=http://127.0.0.1:9", "--baseline", "y"], "--baseline y is none of: x"),
+        (["--url", "x=http://127.0.0.1:9", "--plain-sample"], "need a checkpoint"),
+        (["--url", "x=http://127.0.0.1:9", "--generate"], "--generate needs a checkpoint"),
+        (["--demo", "--shape", "llava-0.5b"], "give one"),
+        (["--shape", "llava-70b"], "llava-70b is not one of: llava-0.5b, llava-1.5-7b"),
         (["--url", "x=http://127.0.0.1:9", "--model", "y=m"], "y is none of the servers: x"),
         (["--url", "x=http://127.0.0.1:9"], "ConnectError"),
     ]:
         result = runner.invoke(app, arguments)
         assert result.exit_code != 0
         assert words in " ".join(result.output.split()), result.output
+
+
+def test_memory_is_measured_of_started_servers_only() -> None:
+    with fake_server(Script()) as url:
+        result = runner.invoke(app, ["--url", f"x={url}", "--scenario", "memory"])
+    assert result.exit_code == 1
+    assert "x is a URL: use --serve, --demo or --shape" in " ".join(result.output.split())
 
 
 @pytest.mark.slow
@@ -74,7 +121,7 @@ def test_transformers_serve_is_measured_beside_us_on_the_same_checkpoint(
     written = tmp_path / "bench.json"
     result = runner.invoke(
         app,
-        ["--serve", str(model), "--transformers-serve", str(model), "--dtype", "float32"]
+        ["--serve", str(model), "--transformers-serve", "--dtype", "float32"]
         + ["--streams", "1,2", "--rounds", "1", "--max-tokens", "8", "--json", str(written)]
         + ["--logs", str(tmp_path)],
         env={"DESHIFT_STEERING_MODE": "off", "DESHIFT_CACHE": str(tmp_path)},
@@ -90,4 +137,5 @@ def test_transformers_serve_is_measured_beside_us_on_the_same_checkpoint(
         assert (cell["tokens_per_chat"]["low"], cell["tokens_per_chat"]["high"]) == (8, 8)
     prompts = [cell["prompt_tokens"]["median"] for cell in report["cells"]]
     assert prompts[0] == prompts[1] and prompts[2] == prompts[3]
-    assert list(report["settings"]["checkpoints"]) == [str(model)]
+    assert len(report["settings"]["checkpoint"]) == 64
+    assert set(report["footprints"]) == {"deshift", "transformers"}

@@ -1,0 +1,131 @@
+"""The kinds of measurement by name: each runs on columns and gives tables and figures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from rich.table import Table
+
+from server.bench import load, report, second_turn, soak, stalls
+from server.bench.footprint import Budget
+from server.bench.load import Column, Served
+from server.bench.prompts import Prompts
+from server.bench.target import BenchError
+
+Scenario = Literal["throughput", "stalls", "second-turn", "memory"]
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. `budgets`: what the process of that id may fill with its memory."""
+
+    streams: Sequence[int]
+    rounds: int
+    warmup: int
+    max_tokens: int
+    num_requests: int
+    baseline: str
+    budgets: Mapping[int, Budget] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    tables: list[Table]
+    figures: dict[str, Any]
+    num_failed: int
+
+
+def num_steps(scenario: Scenario, columns: Sequence[Column], effort: Effort) -> int:
+    """How often `run` will report progress."""
+    if scenario == "memory":
+        processes = {column.target.pid for column in served(scenario, columns)}
+        return effort.num_requests * len(processes)
+    if scenario == "second-turn":
+        return (effort.rounds + effort.warmup) * len(columns)
+    bursts = (effort.rounds + effort.warmup) * len(effort.streams) * len(columns)
+    return 2 * bursts if scenario == "stalls" else bursts
+
+
+async def run(
+    scenario: Scenario,
+    columns: Sequence[Column],
+    prompts: Prompts,
+    effort: Effort,
+    progress: Progress,
+) -> Outcome:
+    """Raises BenchError where a column cannot be measured so."""
+    if scenario == "throughput":
+        return await _throughput(columns, prompts, effort, progress)
+    servers = served(scenario, columns)
+    if scenario == "stalls":
+        gaps = await stalls.run(
+            servers,
+            prompts,
+            streams=effort.streams,
+            rounds=effort.rounds,
+            max_tokens=effort.max_tokens,
+            warmup=effort.warmup,
+            progress=progress,
+        )
+        failed = sum(row.num_failed for row in gaps)
+        figures = [asdict(row) for row in gaps]
+        return Outcome([report.stalls_table(gaps)], {"stalls": figures}, failed)
+    if scenario == "second-turn":
+        turns = await second_turn.run(
+            servers,
+            prompts,
+            rounds=effort.rounds,
+            max_tokens=effort.max_tokens,
+            warmup=effort.warmup,
+            progress=progress,
+        )
+        failed = sum(row.num_failed for row in turns)
+        figures = [asdict(row) for row in turns]
+        return Outcome([report.second_turn_table(turns)], {"second_turn": figures}, failed)
+    soaks = await soak.run(
+        servers,
+        prompts,
+        num_requests=effort.num_requests,
+        num_streams=max(effort.streams),
+        budgets=effort.budgets,
+        progress=progress,
+    )
+    failed = sum(row.num_failed for row in soaks)
+    figures = [asdict(row) | {"ratio": row.ratio} for row in soaks]
+    return Outcome([report.soak_table(soaks)], {"memory": figures}, failed)
+
+
+def served(scenario: Scenario, columns: Sequence[Column]) -> list[Served]:
+    """The columns, if all are servers (for `memory`: started here). Raises BenchError."""
+    result = []
+    for column in columns:
+        if not isinstance(column, Served):
+            raise BenchError(f"--scenario {scenario} measures servers, not {column.name}")
+        if scenario == "memory" and not column.target.pid:
+            raise BenchError(
+                f"--scenario memory reads the memory of servers that it starts itself, and "
+                f"{column.name} is a URL: use --serve, --demo or --shape"
+            )
+        result.append(column)
+    return result
+
+
+async def _throughput(
+    columns: Sequence[Column], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    bursts = await load.measure(
+        columns,
+        prompts,
+        streams=effort.streams,
+        rounds=effort.rounds,
+        max_tokens=effort.max_tokens,
+        warmup=effort.warmup,
+        progress=progress,
+    )
+    return Outcome(
+        report.throughput_tables(bursts, effort.baseline, effort.max_tokens),
+        report.throughput_json(bursts, effort.baseline),
+        sum(bool(record.error) for burst in bursts for record in burst.records),
+    )

@@ -1,0 +1,157 @@
+"""Scenario `memory`: many unlike requests, some abandoned, and what the server's process keeps."""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.bench.footprint import Budget, Footprint
+from server.bench.load import Served
+from server.bench.prompts import Prompts
+from server.bench.stream import chat
+from server.bench.target import BenchError
+
+SAMPLES = 200  # readings of the memory over the whole run
+_SHARES = {"text": 0.3, "several choices": 0.1, "cancelled": 0.2, "new size": 0.2, "again": 0.2}
+_LONGEST_WORDS = 400
+_LONGEST_ANSWER = 32
+_CANCEL_WITHIN_S = 2.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A reading after so many finished requests."""
+
+    num_requests: int
+    now_bytes: int
+
+
+@dataclass(frozen=True)
+class Soak:
+    """One server process. ready: before the first request; peak: the most since it started.
+
+    ratio: peak over the budget (weights, KV cache, caches), None where that is not known.
+    slope: bytes a request over the second half, by least squares. num_cancelled: sockets that
+    were closed before the answer's end; num_failed: answers that were none.
+    """
+
+    target: str
+    num_requests: int
+    num_cancelled: int
+    num_failed: int
+    first_error: str
+    ready_bytes: int
+    peak_bytes: int
+    budget: Budget | None
+    slope_bytes: float
+    samples: tuple[Sample, ...]
+
+    @property
+    def ratio(self) -> float | None:
+        return self.peak_bytes / self.budget.total_bytes if self.budget else None
+
+
+async def run(
+    columns: Sequence[Served],
+    prompts: Prompts,
+    *,
+    num_requests: int,
+    num_streams: int,
+    budgets: Mapping[int, Budget],
+    progress: Callable[[str], None],
+) -> list[Soak]:
+    """`num_requests` to each server process, `num_streams` under way at once; a process that has
+    several columns (steering settings) gets requests of all. `budgets` by process id.
+    """
+    by_process: dict[int, list[Served]] = {}
+    for column in columns:
+        by_process.setdefault(column.target.pid, []).append(column)
+    return [
+        await _soak(of_process, prompts, num_requests, num_streams, budgets.get(pid), progress)
+        for pid, of_process in by_process.items()
+    ]
+
+
+async def _soak(
+    columns: Sequence[Served],
+    prompts: Prompts,
+    num_requests: int,
+    num_streams: int,
+    budget: Budget | None,
+    progress: Callable[[str], None],
+) -> Soak:
+    pid = columns[0].target.pid
+    numbers = iter(range(num_requests))
+    samples: list[Sample] = []
+    outcomes: list[str] = []  # of each finished request: "", "cancelled" or the error
+    ready = _footprint(pid)
+
+    async def client() -> None:
+        for number in numbers:
+            outcomes.append(await _one(columns, prompts, number))
+            progress(columns[0].target.name)
+            if len(outcomes) % max(1, num_requests // SAMPLES) == 0:
+                samples.append(Sample(len(outcomes), _footprint(pid).now_bytes))
+
+    await asyncio.gather(*(client() for _ in range(num_streams)))
+    errors = [each for each in outcomes if each not in ("", "cancelled")]
+    half = samples[len(samples) // 2 :]
+    return Soak(
+        target=", ".join(column.name for column in columns),
+        num_requests=num_requests,
+        num_cancelled=outcomes.count("cancelled"),
+        num_failed=len(errors),
+        first_error=errors[0] if errors else "",
+        ready_bytes=ready.now_bytes,
+        peak_bytes=_footprint(pid).peak_bytes,
+        budget=budget,
+        slope_bytes=slope([s.num_requests for s in half], [s.now_bytes for s in half]),
+        samples=tuple(samples),
+    )
+
+
+async def _one(columns: Sequence[Served], prompts: Prompts, number: int) -> str:
+    """Send request `number`; what becomes of it depends on the number alone."""
+    rng = random.Random(f"{prompts.first}/{number}")
+    column = rng.choice(columns)
+    body = _body(column, prompts, number, rng)
+    give_up_s = rng.uniform(0, _CANCEL_WITHIN_S) if _is(rng, "cancelled") else None
+    try:
+        async with asyncio.timeout(give_up_s):
+            return (await chat(column.client, column.target, body)).error
+    except TimeoutError:
+        return "cancelled"
+
+
+def _body(column: Served, prompts: Prompts, number: int, rng: random.Random) -> dict[str, Any]:
+    if _is(rng, "text"):
+        messages = prompts.text(number, rng.randint(1, _LONGEST_WORDS))
+    else:
+        shown = rng.randint(0, number) if _is(rng, "again") else number
+        messages = prompts.about_picture(shown, number, new_size=_is(rng, "new size"))
+    body = column.target.body(messages, rng.randint(1, _LONGEST_ANSWER))
+    # Only servers that take fields beyond OpenAI's are known to answer with several choices.
+    if column.target.dialect == "ignore_eos" and _is(rng, "several choices"):
+        body |= {"n": rng.randint(2, 4), "temperature": 1.0}
+    return body
+
+
+def _is(rng: random.Random, kind: str) -> bool:
+    return rng.random() < _SHARES[kind]
+
+
+def _footprint(pid: int) -> Footprint:
+    found = Footprint.of(pid)
+    if found is None:
+        raise BenchError(f"the memory of process {pid} cannot be read: it has ended, or no /proc")
+    return found
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """dy/dx of the least-squares line; 0.0 of fewer than two different x."""
+    if len(set(xs)) < 2:
+        return 0.0
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    over = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return over / sum((x - mean_x) ** 2 for x in xs)

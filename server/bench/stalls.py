@@ -1,0 +1,156 @@
+"""Scenario `stalls`: what arriving long prompts do to the answers that are being written."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from server.bench.load import Served, in_turn, steady_gaps
+from server.bench.prompts import Prompts
+from server.bench.stream import StreamRecord, chat
+from server.bench.summary import Interval, Spread
+from server.bench.target import BenchError
+
+ARRIVAL_TOKENS = 2000
+_PROBE_WORDS = (100, 400)
+
+
+@dataclass(frozen=True)
+class Stalls:
+    """One server at one number of running answers; seconds.
+
+    quiet, disturbed: gaps between tokens while all answers were being written, without and with
+    the arrivals. worst: p99 with over median without, per pair of rounds. arrival_tokens: the
+    prompts' length by the server's own count; num_arrivals: those answered while measuring.
+    """
+
+    target: str
+    num_streams: int
+    quiet: Spread | None
+    disturbed: Spread | None
+    worst: Interval | None
+    arrival_tokens: Spread | None
+    num_arrivals: int
+    num_failed: int
+    first_error: str
+
+
+@dataclass(frozen=True)
+class _Half:
+    records: Sequence[StreamRecord]
+    arrivals: Sequence[StreamRecord]
+
+    @property
+    def gaps(self) -> list[float]:
+        return steady_gaps(self.records)
+
+
+async def run(
+    columns: Sequence[Served],
+    prompts: Prompts,
+    *,
+    streams: Sequence[int],
+    rounds: int,
+    max_tokens: int,
+    warmup: int = 1,
+    progress: Callable[[str], None],
+) -> list[Stalls]:
+    """Answers about photographs, once left alone and once while prompts of 2,000 tokens without a
+    picture arrive, each as soon as the one before it is answered. Raises BenchError.
+    """
+    numbers = itertools.count()
+    num_words = {
+        column.name: await _words_for(column, prompts, numbers, ARRIVAL_TOKENS)
+        for column in columns
+    }
+    halves: dict[tuple[str, int, int, bool], _Half] = {}
+    for round_, num_streams in itertools.product(range(-warmup, rounds), streams):
+        for column in in_turn(columns, round_):
+            for disturb in (round_ % 2 == 0, round_ % 2 == 1):
+                progress(f"{column.name}, {num_streams} at once")
+                words = num_words[column.name] if disturb else 0
+                halves[column.name, num_streams, round_, disturb] = await _half(
+                    column, prompts, numbers, num_streams, max_tokens, words
+                )
+    return [
+        _result(
+            column.name,
+            num_streams,
+            [
+                (
+                    halves[column.name, num_streams, r, False],
+                    halves[column.name, num_streams, r, True],
+                )
+                for r in range(rounds)
+            ],
+        )
+        for num_streams in streams
+        for column in columns
+    ]
+
+
+async def _half(
+    column: Served,
+    prompts: Prompts,
+    numbers: Iterator[int],
+    num_streams: int,
+    max_tokens: int,
+    arrival_words: int,
+) -> _Half:
+    chats = [
+        prompts.about_picture(next(numbers), stream, new_size=column.new_sizes)
+        for stream in range(num_streams)
+    ]
+    running = asyncio.create_task(column.answer(chats, max_tokens))
+    arrivals: list[StreamRecord] = []
+    while arrival_words and not running.done():
+        body = column.target.body(prompts.text(next(numbers), arrival_words), 2)
+        arrival = asyncio.create_task(chat(column.client, column.target, body))
+        await asyncio.wait([arrival, running], return_when=asyncio.FIRST_COMPLETED)
+        if not arrival.done():
+            arrival.cancel()
+            await asyncio.wait([arrival])
+            break
+        arrivals.append(arrival.result())
+        if arrival.result().error:
+            break
+    return _Half(await running, arrivals)
+
+
+async def _words_for(
+    column: Served, prompts: Prompts, numbers: Iterator[int], num_tokens: int
+) -> int:
+    """How many words make a prompt of that many tokens, from two short ones."""
+    lens = []
+    for num_words in _PROBE_WORDS:
+        body = column.target.body(prompts.text(next(numbers), num_words), 2)
+        record = await chat(column.client, column.target, body)
+        if record.error or not record.prompt_tokens:
+            raise BenchError(
+                f"{column.name}: a prompt of {num_words} words without a picture: "
+                f"{record.error or 'the server does not say how many tokens it has'}"
+            )
+        lens.append(record.prompt_tokens)
+    per_word = (lens[1] - lens[0]) / (_PROBE_WORDS[1] - _PROBE_WORDS[0])
+    if per_word <= 0:
+        raise BenchError(f"{column.name}: a longer prompt has no more tokens, by its own usage")
+    return round(_PROBE_WORDS[1] + (num_tokens - lens[1]) / per_word)
+
+
+def _result(name: str, num_streams: int, pairs: Sequence[tuple[_Half, _Half]]) -> Stalls:
+    arrivals = [record for _, disturbed in pairs for record in disturbed.arrivals]
+    every = [r for pair in pairs for half in pair for r in [*half.records, *half.arrivals]]
+    spreads = [(Spread.of(quiet.gaps), Spread.of(disturbed.gaps)) for quiet, disturbed in pairs]
+    return Stalls(
+        target=name,
+        num_streams=num_streams,
+        quiet=Spread.of(gap for quiet, _ in pairs for gap in quiet.gaps),
+        disturbed=Spread.of(gap for _, disturbed in pairs for gap in disturbed.gaps),
+        worst=Interval.of(
+            disturbed.p99 / quiet.median for quiet, disturbed in spreads if quiet and disturbed
+        ),
+        arrival_tokens=Spread.of(r.prompt_tokens for r in arrivals if not r.error),
+        num_arrivals=sum(not record.error for record in arrivals),
+        num_failed=sum(bool(record.error) for record in every),
+        first_error=next((record.error for record in every if record.error), ""),
+    )
