@@ -1,8 +1,7 @@
 """Keys and values: of one prompt while it is prefilled, and of the rows that decode together.
 
-Both are what a transformers attention layer calls: `update(key, value, layer)`. Masks and
-positions are the runner's. KV above a steered layer depends on the plan, so nothing here is
-shared between requests.
+Both are what a transformers attention layer calls: `update(key, value, layer)`; masks and
+positions are the decoder's. What may be shared between requests is prefix.py's.
 """
 
 from dataclasses import dataclass
@@ -36,45 +35,40 @@ class KVShape:
             device=model.device,
         )
 
-    def slab(self, num_rows: int, length: int) -> Tensor:
-        """(num_rows, num_heads, length, head_dim) of zeros: a masked position still multiplies
-        its value by zero, and uninitialised memory may hold NaN."""
-        size = (num_rows, self.num_heads, length, self.head_dim)
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
-
-    def slabs(self, num_rows: int, length: int) -> list[Tensor]:
-        """One slab a layer."""
-        return [self.slab(num_rows, length) for _ in range(self.num_layers)]
-
 
 class PromptCache:
-    """The KV of one prompt, filled chunk by chunk."""
+    """The KV of one prompt, filled chunk by chunk: `kv` (L, 2, H, length, Dh)."""
 
     def __init__(self, shape: KVShape, length: int) -> None:
         self.length = length
-        self.keys = shape.slabs(1, length)
-        self.values = shape.slabs(1, length)
+        size = (shape.num_layers, 2, shape.num_heads, length, shape.head_dim)
+        self.kv = torch.empty(size, dtype=shape.dtype, device=shape.device)
         self._start = 0
 
     def begin(self, start: int) -> None:
         """The next forward pass writes from token `start` on."""
         self._start = start
 
+    def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """kv (2, H, T, Dh): store it and return all keys and values up to its end, (H, end, Dh)."""
+        end = self._start + kv.shape[2]
+        own = self.kv[layer]
+        own[:, :, self._start : end] = kv
+        return own[0, :, :end], own[1, :, :end]
+
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """key, value (1, H, T, Dh): store them and return all up to their end."""
-        end = self._start + key.shape[2]
-        self.keys[layer][:, :, self._start : end] = key
-        self.values[layer][:, :, self._start : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys, values = self.append(layer, torch.cat([key, value]))
+        return keys[None], values[None]
 
 
 class RowCache:
-    """The KV of the running rows 0..B-1, one slab a layer: (rows, H, length, Dh).
+    """The KV of the running rows 0..B-1, one slab: (L, rows, 2, H, length, Dh).
 
-    A step attends over the longest running row only. The slabs are reallocated when they must
-    grow and dropped when no row is left, so they never exceed what admission allowed (a prompt
-    that is being prefilled has its own cache beside them). Beyond a row's tokens lies what
-    earlier rows left, finite and masked.
+    A step attends over the longest running row only. The slab is reallocated when it must grow
+    and dropped when no row is left, so it never exceeds what admission allowed (a prompt that is
+    being prefilled has its own cache beside it). Beyond a row's tokens lies what earlier rows
+    left, finite and masked: a masked position still multiplies its value by zero.
     """
 
     LENGTH_STEP = 64
@@ -95,59 +89,56 @@ class RowCache:
 
     @property
     def size(self) -> int:
-        """Tokens of memory that the slabs take."""
-        return self._rows * self._length
+        """Tokens of memory that the slab takes."""
+        return self._kv.shape[1] * self._kv.shape[4]
 
     def release(self) -> None:
         """Forget everything."""
-        self._rows, self._length = 0, 0
-        self._keys = self._shape.slabs(0, 0)
-        self._values = self._shape.slabs(0, 0)
+        self._kv = self._slab(0, 0)
 
     def fit(self, num_rows: int, length: int) -> None:
         """Make room for `num_rows` rows of `length` tokens, keeping what is there."""
+        rows, room = self._kv.shape[1], self._kv.shape[4]
         length = self.footprint(1, length)
-        if num_rows <= self._rows and length <= self._length:
+        if num_rows <= rows and length <= room:
             return
-        keep_rows, keep = min(self._rows, num_rows), min(self._length, length)
-        for slabs in (self._keys, self._values):
-            for layer, slab in enumerate(slabs):
-                slabs[layer] = self._shape.slab(num_rows, length)
-                slabs[layer][:keep_rows, :, :keep] = slab[:keep_rows, :, :keep]
-        self._rows, self._length = num_rows, length
+        grown = self._slab(num_rows, length)
+        rows, room = min(rows, num_rows), min(room, length)
+        grown[:, :rows, :, :, :room] = self._kv[:, :rows, :, :, :room]
+        self._kv = grown
 
     def insert(self, row: int, prompt: PromptCache) -> None:
         """Copy a prompt's KV into a row."""
-        for slabs, filled in ((self._keys, prompt.keys), (self._values, prompt.values)):
-            for slab, source in zip(slabs, filled, strict=True):
-                slab[row, :, : prompt.length] = source[0]
+        self._kv[:, row, :, :, : prompt.length] = prompt.kv
 
     def scrub(self, row: int) -> None:
         """Zero a row that holds NaN: the row that comes after it would see it through the mask."""
-        for slabs in (self._keys, self._values):
-            for slab in slabs:
-                slab[row] = 0.0
+        self._kv[:, row] = 0.0
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one row over another."""
-        for slabs in (self._keys, self._values):
-            for slab in slabs:
-                slab[target, :, :length] = slab[source, :, :length]
+        self._kv[:, target, :, :, :length] = self._kv[:, source, :, :, :length]
 
-    def begin(self, lengths: Tensor) -> Tensor:
-        """The next pass adds one token to each of the first B rows, at index lengths (B,).
-
-        Returns the attention mask, (B, 1, 1, longest + 1), True where a token may be seen.
-        """
+    def begin(self, lengths: Tensor, longest: int) -> None:
+        """The next pass adds one token to each of the first B rows, at index lengths (B,), of
+        which `longest` is the largest."""
         self._write = (torch.arange(len(lengths), device=lengths.device), lengths)
-        self._live = int(lengths.max()) + 1
-        seen = torch.arange(self._live, device=lengths.device)
-        return (seen <= lengths[:, None])[:, None, None]
+        self._live = longest + 1
+
+    def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """kv (B, 2, H, Dh): store it and return keys and values, (B, H, longest + 1, Dh) each."""
+        rows, at = self._write
+        slab = self._kv[layer]
+        slab[rows, :, :, at] = kv
+        live = slab[: len(rows), :, :, : self._live]
+        return live[:, 0], live[:, 1]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """key, value (B, H, 1, Dh): store them and return (B, H, longest + 1, Dh) of each."""
-        rows, at = self._write
-        keys, values = self._keys[layer], self._values[layer]
-        keys[rows, :, at] = key[:, :, 0]
-        values[rows, :, at] = value[:, :, 0]
-        return keys[: len(rows), :, : self._live], values[: len(rows), :, : self._live]
+        """key, value (B, H, 1, Dh): store them and return all, as `append` does."""
+        return self.append(layer, torch.stack([key[:, :, 0], value[:, :, 0]], dim=1))
+
+    def _slab(self, num_rows: int, length: int) -> Tensor:
+        """Zeros: uninitialised memory may hold NaN."""
+        shape = self._shape
+        size = (shape.num_layers, num_rows, 2, shape.num_heads, length, shape.head_dim)
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)

@@ -1,8 +1,8 @@
-"""The start-up canary: the hooks steer each layer by exactly the planned amount, or no service.
+"""The start-up canary: steering moves each layer by exactly the planned amount, or no service.
 
-One mixed batch with a row a layer: row l is steered at layer l alone, the last row not at all.
-So it also shows that rows do not leak into each other. What counts is what the layers' readers
-(the next layer, the final norm) are given, not what the hooks returned.
+One mixed batch with a prompt, then a row, a layer: number l is steered at layer l alone, the last
+one not at all. So it also shows that they do not leak into each other. What counts is what the
+layers' readers (the next layer, the final norm) are given, not what steering returned.
 """
 
 from typing import Any
@@ -10,68 +10,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.engine.batch import Batch, Chunk, Decoder, Rows
+from server.engine.cache import KVShape, PromptCache, RowCache
+from server.engine.families import Family
 from server.engine.runner import SteeringFaultError
-from steering.hooks import Injection, Injector, record_inputs
-from steering.layers import decoder_layers, text_config
+from steering.layers import text_config
 
 DOSE = 0.5
 TOLERANCE = 0.02  # of the planned amount; bfloat16 rounds a sum by some 0.3 % of |h|
 NUM_TOKENS = 4
 
 
-def run_canary(model: Any, injector: Injector) -> None:
+def run_canary(family: Family, model: Any, decoder: Decoder) -> None:
     """Raise SteeringFaultError unless alpha 0 changes nothing and alpha 1 what was planned.
 
-    Runs inside `torch.inference_mode()`, with the steering hooks installed.
+    Runs inside `torch.inference_mode()`.
     """
-    layers = decoder_layers(model)
-    readers = [*layers[1:], model.get_decoder().norm]
-    num_layers = len(layers)
+    num_layers = decoder.num_layers
     hidden_size = text_config(model).hidden_size
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(num_layers, hidden_size, generator=generator)
-    direction = torch.nn.functional.normalize(direction, dim=-1)
+    direction = torch.nn.functional.normalize(direction, dim=-1).to(model.device)
 
-    for num_tokens in (1, NUM_TOKENS):
-        with record_inputs(readers) as recorder:
-            _forward(model, injector, None, num_layers + 1, num_tokens)
-            plain = recorder.last_hidden()  # (L, L + 1, D)
-            deltas = torch.zeros_like(plain)
-            for layer in range(num_layers):
-                norm = plain[layer, layer].norm()
-                deltas[layer, layer] = DOSE * norm * direction[layer].to(norm.device)
-            injection = Injection(deltas.to(model.dtype), token=num_tokens - 1)
-            _forward(model, injector, injection, num_layers + 1, num_tokens)
-            steered = recorder.last_hidden()
-            injection = Injection(torch.zeros_like(deltas).to(model.dtype), token=num_tokens - 1)
-            _forward(model, injector, injection, num_layers + 1, num_tokens)
-            zero = recorder.last_hidden()
-        _compare(plain, steered, zero, deltas.to(model.dtype).float())
+    for make in (_prompts, _rows):
+        plain = _trace(decoder, make(family, model, decoder, None))  # (L, L + 1, D)
+        deltas = torch.zeros_like(plain)
+        for layer in range(num_layers):
+            deltas[layer, layer] = DOSE * plain[layer, layer].norm() * direction[layer]
+        deltas = deltas.to(decoder.steering_dtype)
+        steered = _trace(decoder, make(family, model, decoder, deltas))
+        zero = _trace(decoder, make(family, model, decoder, torch.zeros_like(deltas)))
+        _compare(plain, steered, zero, deltas.float())
 
 
-def _forward(
-    model: Any, injector: Injector, injection: Injection | None, num_rows: int, num_tokens: int
-) -> None:
-    device = model.device
-    token_ids = torch.arange(1, num_tokens + 1, device=device).expand(num_rows, -1)
-    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
-    injector.injection = injection
-    model.get_decoder()(
-        inputs_embeds=model.get_input_embeddings()(token_ids),
-        position_ids=torch.arange(num_tokens, device=device).expand(num_rows, -1),
-        attention_mask=causal.expand(num_rows, 1, -1, -1),
-        use_cache=False,
-    )
-    injector.injection = None
-    fired, _ = injector.take()
-    if fired != injector.num_layers:
-        raise SteeringFaultError(
-            f"canary: {fired} steering hooks fired in a pass over {injector.num_layers} layers"
+def _prompts(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None) -> Batch:
+    """L + 1 equal prompts, whole."""
+    shape = KVShape.of(model)
+    embeds, positions = _tokens(family, model, NUM_TOKENS)
+    chunks = [
+        Chunk(
+            embeds=embeds,
+            positions=positions,
+            cache=PromptCache(shape, NUM_TOKENS),
+            start=0,
+            end=NUM_TOKENS,
+            delta=None if deltas is None else deltas[:, number],
         )
+        for number in range(decoder.num_layers + 1)
+    ]
+    return Batch(chunks=tuple(chunks))
+
+
+def _rows(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None) -> Batch:
+    """L + 1 equal rows at their first token."""
+    num_rows = decoder.num_layers + 1
+    cache = RowCache(KVShape.of(model))
+    cache.fit(num_rows, 1)
+    embeds, positions = _tokens(family, model, 1)
+    return Batch(
+        rows=Rows(
+            embeds=embeds.expand(num_rows, -1),
+            positions=positions.expand(-1, num_rows),
+            cache=cache,
+            lengths=torch.zeros(num_rows, dtype=torch.long, device=model.device),
+            longest=0,
+            deltas=deltas,
+        )
+    )
+
+
+def _tokens(family: Family, model: Any, num_tokens: int) -> tuple[Tensor, Tensor]:
+    token_ids = torch.arange(1, num_tokens + 1, device=model.device)
+    positions = torch.arange(num_tokens, device=model.device)
+    embeds: Tensor = model.get_input_embeddings()(token_ids)
+    return embeds, positions.expand(3 if family.has_mrope else 1, -1)
+
+
+def _trace(decoder: Decoder, batch: Batch) -> Tensor:
+    hidden, output = decoder.trace(batch)
+    if output.fired != decoder.num_layers * output.forwards:
+        raise SteeringFaultError(
+            f"canary: steering had its turn {output.fired} times in {output.forwards} passes over "
+            f"{decoder.num_layers} layers"
+        )
+    return hidden
 
 
 def _compare(plain: Tensor, steered: Tensor, zero: Tensor, deltas: Tensor) -> None:
-    """All (L, L + 1, D) float32: states by layer and row."""
+    """All (L, L + 1, D) float32: states by layer and by prompt or row."""
     if not torch.equal(plain, zero):
         raise SteeringFaultError("canary: a pass with alpha 0 differs from an unsteered one")
     for layer in range(len(deltas)):

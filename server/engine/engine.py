@@ -5,10 +5,12 @@ talks back through each request's `emit`. Its heart is `_step`: schedule, run, a
 """
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +20,14 @@ from torch import Tensor
 
 from server.engine.cache import RowCache
 from server.engine.canary import run_canary
+from server.engine.decoders import DecoderChoice, build_decoder
 from server.engine.families import family_of
 from server.engine.inputs import InputBuilder
-from server.engine.runner import Runner, SteeringFaultError
+from server.engine.pacing import Pacer
+from server.engine.runner import Runner, ShiftFailedError, SteeringFaultError
 from server.engine.sampling import logprobs, sample
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import PrefillChunk, Scheduler
+from server.engine.selfcheck import SelfCheck
 from server.engine.sequences import ActiveRequest, Sequence
 from server.engine.types import (
     EngineError,
@@ -37,9 +42,10 @@ from server.engine.types import (
     PromptTooLongError,
     QueueFullError,
     RequestTimings,
+    SteeringApplied,
 )
-from steering.hooks import steer
-from steering.layers import decoder_layers, text_config
+from steering.corruption import Corruption
+from steering.layers import text_config
 from steering.models import LoadedModel, ModelIdentity
 
 logger = logging.getLogger(__name__)
@@ -51,7 +57,8 @@ STEP_GRACE_S = 30.0  # a step under way cannot be interrupted; draining waits th
 class EngineConfig:
     """Sizes. kv_tokens None: max_rows * max_model_len, so that memory never makes anyone wait.
 
-    max_queue: requests accepted beyond the rows there are.
+    max_queue: requests accepted beyond the rows there are. prefill_chunk: prompt tokens in one
+    step at most. A cache of 0 bytes is off.
     """
 
     max_model_len: int = 2048
@@ -59,6 +66,9 @@ class EngineConfig:
     kv_tokens: int | None = None
     max_queue: int = 256
     prefill_chunk: int = 512
+    prefix_cache_bytes: int = 0
+    vision_cache_bytes: int = 0
+    decoder: DecoderChoice = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_rows", "max_queue", "prefill_chunk"):
@@ -98,7 +108,7 @@ State = Literal["starting", "ready", "draining", "failed", "stopped"]
 
 
 class EmbeddedEngine:
-    """Implements `server.engine.api.Engine` on a Hugging Face model."""
+    """Implements `server.engine.api.Engine` on a Hugging Face model, which it takes over."""
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         self._model: Any = loaded.model
@@ -106,11 +116,16 @@ class EmbeddedEngine:
         self._tokenizer = loaded.processor.tokenizer
         self._config = config
         self._family = family_of(self._model)
-        self._layers = decoder_layers(self._model)
         self._eos = _eos_token_ids(self._model, self._tokenizer)
         self._inputs = InputBuilder(self._family, self._model, loaded.processor)
+        self._processor = loaded.processor
+        self._pacer = Pacer(config.prefill_chunk)
         self._scheduler = Scheduler(
-            config.max_rows, config.kv_budget, config.prefill_chunk, RowCache.footprint
+            config.max_rows,
+            config.kv_budget,
+            RowCache.footprint,
+            on_admit=self._admit,
+            keep_pictures_whole=self._family.has_bidirectional_images,
         )
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._places = threading.BoundedSemaphore(config.max_rows + config.max_queue)
@@ -130,8 +145,13 @@ class EmbeddedEngine:
     def identity(self) -> ModelIdentity:
         return self._identity
 
-    def prepare(self, messages: Seq[dict[str, Any]], images: Seq[Image.Image]) -> EngineInputs:
-        return self._inputs.build(messages, images)
+    def prepare(
+        self,
+        messages: Seq[dict[str, Any]],
+        images: Seq[Image.Image],
+        corruption: Corruption | None = None,
+    ) -> EngineInputs:
+        return self._inputs.build(messages, images, corruption)
 
     def submit(self, request: EngineRequest) -> None:
         active = ActiveRequest(request, self._max_tokens(request))
@@ -175,7 +195,7 @@ class EmbeddedEngine:
 
     def _max_tokens(self, request: EngineRequest) -> int:
         """How many tokens the answer may have. Raises what `submit` raises for bad requests."""
-        params, prompt = request.params, len(request.inputs.token_ids)
+        params, prompt = request.params, len(request.inputs.prompt)
         vocabulary = text_config(self._model).vocab_size
         if unknown := [token for token in params.logit_bias if not 0 <= token < vocabulary]:
             raise InputError(
@@ -197,11 +217,22 @@ class EmbeddedEngine:
     # Everything below runs on the engine thread.
 
     def _main(self) -> None:
-        """The thread: canary, then steps until drained or failed."""
+        """The thread: checks, then steps until drained or failed."""
         try:
-            with torch.inference_mode(), steer(self._layers) as injector:
-                run_canary(self._model, injector)
-                self._runner = Runner(self._family, self._model, injector, self._config.max_rows)
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                check = SelfCheck(self._family, self._model, self._processor, self._inputs)
+                decoder = build_decoder(self._config.decoder, self._model, stack)
+                check.compare(decoder)
+                run_canary(self._family, self._model, decoder)
+                self._runner = Runner(
+                    self._family,
+                    self._model,
+                    decoder,
+                    self._config.max_rows,
+                    self._config.prefix_cache_bytes,
+                    self._config.vision_cache_bytes,
+                )
                 if self._stop_at is None:
                     self._state, self._detail = "ready", "ready"
                 self._started.set()
@@ -219,26 +250,86 @@ class EmbeddedEngine:
 
     def _step(self) -> None:
         """Schedule a batch, run it, apply the tokens."""
-        for chunk in self._scheduler.schedule():
+        rows = list(self._scheduler.rows)
+        chunks = self._embedded(self._scheduler.schedule(self._pacer.budget(len(rows))))
+        ended, logits = self._run(chunks, rows)
+        self._apply(logits[len(ended) :], rows)
+        for active, row_logits in zip(ended, logits, strict=False):
+            self._begin_decoding(active, row_logits)
+
+    def _admit(self, active: ActiveRequest) -> None:
+        active.started_at = time.monotonic()
+        self._runner.admit(active)
+
+    def _embedded(self, chunks: list[PrefillChunk]) -> list[PrefillChunk]:
+        """Those whose prompts are embedded; a request whose prompt cannot be ends here."""
+        for chunk in chunks:
             active = chunk.active
-            if active.started_at is None:
-                active.started_at = time.monotonic()
+            if active not in self._scheduler.prefilling:
+                continue  # it failed with its other prompt
             try:
-                logits = self._runner.prefill(chunk)
+                self._runner.embed(chunk)
+            except ShiftFailedError as error:
+                logger.exception("request %s", active.request.request_id)
+                self._shift_failed(active, _worded(error))
+            except Exception as error:  # boundary: this request fails, the others go on
+                logger.exception("embedding request %s failed", active.request.request_id)
+                self._fail(active, "engine", _worded(error))
+        return [chunk for chunk in chunks if chunk.state.embeds is not None]
+
+    def _run(
+        self, chunks: list[PrefillChunk], rows: list[Sequence]
+    ) -> tuple[list[ActiveRequest], Tensor]:
+        """Run the step: requests whose prefill ends with it, and logits of these, then the rows.
+
+        Where all together fail, each request's prompts and the rows run by themselves, so that one
+        request cannot end the others.
+        """
+        if not chunks and not rows:
+            return [], torch.empty(0, 0)
+        started = time.monotonic()
+        try:
+            logits = self._runner.run(chunks, rows)
+        except SteeringFaultError:
+            raise
+        except Exception:  # boundary: as said above
+            if not chunks:
+                raise
+            logger.exception("a step failed; its requests run apart")
+            return self._run_apart(chunks, rows)
+        num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
+        self._pacer.observe(time.monotonic() - started, num_prefilled, len(rows))
+        return _ended(chunks), logits
+
+    def _run_apart(
+        self, chunks: list[PrefillChunk], rows: list[Sequence]
+    ) -> tuple[list[ActiveRequest], Tensor]:
+        ended: list[ActiveRequest] = []
+        logits: list[Tensor] = []
+        for active in {id(chunk.active): chunk.active for chunk in chunks}.values():
+            own = [chunk for chunk in chunks if chunk.active is active]
+            try:
+                logits.append(self._runner.run(own, []))
+                ended.extend(_ended(own))
             except SteeringFaultError:
                 raise
-            except Exception as error:  # boundary: this prompt fails, the others go on
+            except Exception as error:  # boundary: this request fails, the others go on
                 logger.exception("prefill of request %s failed", active.request.request_id)
                 self._fail(active, "engine", _worded(error))
-                continue
-            if logits is not None:
-                self._begin_decoding(active, logits)
-        if self._scheduler.rows:
-            logits = self._runner.decode(self._scheduler.rows)
-            self._apply(logits, list(self._scheduler.rows))
+        if rows:
+            logits.append(self._runner.run([], rows))
+        return ended, torch.cat(logits) if logits else torch.empty(0, 0)
 
     def _begin_decoding(self, active: ActiveRequest, logits: Tensor) -> None:
-        """Fork a prefilled prompt into its choices and take their first tokens."""
+        """Fork a prefilled prompt into its choices and take their first tokens: logits (V,)."""
+        if active.request.request_id not in self._accepted:
+            return
+        if active.doses is not None:
+            dose = float(active.doses.max())
+            if not math.isfinite(dose):
+                self._shift_failed(active, "the shift of this request is no number")
+                return
+            active.request.emit(SteeringApplied(dose))
         active.sequences = [
             Sequence(active, index, self._tokenizer) for index in range(active.num_rows)
         ]
@@ -248,8 +339,18 @@ class EmbeddedEngine:
         active.first_token_at = time.monotonic()
         self._apply(logits.expand(active.num_rows, -1), active.sequences)
 
+    def _shift_failed(self, active: ActiveRequest, message: str) -> None:
+        """The sample level cannot be had for this request: refuse it, or go on without."""
+        if active.request.on_error == "reject":
+            self._fail(active, "engine", f"steering failed: {message}")
+            return
+        active.request.emit(SteeringApplied(0.0, failure=message))
+        active.give_up_shift()
+
     def _apply(self, logits: Tensor, rows: Seq[Sequence]) -> None:
         """Give each row its next token; rows that end leave the batch."""
+        if not rows:
+            return
         sane = torch.isfinite(logits.amax(dim=-1)).tolist()
         chosen = sample(logits, rows)
         details = logprobs(logits, rows, chosen, self._tokenizer)
@@ -288,9 +389,11 @@ class EmbeddedEngine:
             time_to_first_token_s=active.first_token_at - active.accepted_at,
             e2e_s=now - active.accepted_at,
             inject_s=active.inject_s,
+            shift_s=active.shift_s,
         )
         completion = sum(len(row.token_ids) for row in active.sequences)
-        self._end(active, Finished(active.prompt_len, completion, timings))
+        cached = active.own.num_cached
+        self._end(active, Finished(active.prompt_len, completion, timings, cached))
 
     def _fail(self, active: ActiveRequest, kind: FailureKind, message: str) -> None:
         """End a request wherever it is, and free its rows."""
@@ -303,7 +406,7 @@ class EmbeddedEngine:
         """Emit the terminal event, once; what the request held is free."""
         if self._accepted.pop(active.request.request_id, None) is None:
             return
-        active.prompt_cache = active.embeds = None
+        active.release()
         if not (self._scheduler.rows or self._scheduler.prefilling):
             self._runner.release()
         self._places.release()
@@ -341,6 +444,11 @@ class EmbeddedEngine:
                 self._fail(active, "timeout", "the request timed out")
         drained = self._stop_at is not None and (self._scheduler.is_idle or now > self._stop_at)
         return not drained
+
+
+def _ended(chunks: Seq[PrefillChunk]) -> list[ActiveRequest]:
+    """Requests whose own prompt ends with one of these chunks, in their order."""
+    return [chunk.active for chunk in chunks if chunk.is_last and chunk.state.role == "own"]
 
 
 def _worded(error: Exception) -> str:

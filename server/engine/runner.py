@@ -1,82 +1,126 @@
-"""The forward passes: prefill of one prompt's chunk, decode of all rows, both under the hooks.
+"""One step's forward pass: prompts' chunks and every row's next token, together.
 
-Owns the model, the row cache and the steering table. Does not decide what runs (scheduler.py)
-nor which token is taken (sampling.py).
+Owns the model, the caches and the steering table. Does not decide what runs (scheduler.py), how
+the layers are computed (fused.py, eager.py) nor which token is taken (sampling.py).
 """
 
+import time
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
 from server.engine.cache import KVShape, PromptCache, RowCache
-from server.engine.families import Family, embed
+from server.engine.families import Family, embed, encode_image, image_blocks, images_between
+from server.engine.prefix import PrefixCache
 from server.engine.scheduler import PrefillChunk, RowMove
-from server.engine.sequences import ActiveRequest, Sequence
-from server.engine.types import EngineError
-from steering.hooks import Injection, Injector
+from server.engine.sequences import ActiveRequest, PromptState, Sequence
+from server.engine.types import EngineError, ImageInput
+from server.engine.vision import SHARED_NAMESPACE, VisionCache
 from steering.layers import text_config
+
+# Corrupted pictures that only their size decides hold nothing of anybody's.
+SIZE_DECIDES = ("blank", "gray")
 
 
 class SteeringFaultError(EngineError):
-    """The hooks did not do what was planned; the engine must not go on."""
+    """Steering did not have its turn as planned; the engine must not go on."""
+
+
+class ShiftFailedError(EngineError):
+    """A request's own shift cannot be measured; `on_error` decides what becomes of it."""
 
 
 class Runner:
     """All methods run on the engine thread, inside `torch.inference_mode()`."""
 
-    def __init__(self, family: Family, model: Any, injector: Injector, max_rows: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model: Any,
+        decoder: Decoder,
+        max_rows: int,
+        prefix_cache_bytes: int = 0,
+        vision_cache_bytes: int = 0,
+    ) -> None:
         self._family = family
         self._model = model
-        self._decoder = model.get_decoder()
-        self._injector = injector
+        self._decoder = decoder
+        self._device: torch.device = model.device
         self._shape = KVShape.of(model)
         self._rows = RowCache(self._shape)
+        self.prefix = PrefixCache(prefix_cache_bytes)
+        self.vision = VisionCache(vision_cache_bytes)
         # What each row subtracts at each layer, ready-made: (L, rows, D). Rewritten only when a
         # row joins, moves or leaves, so a decode step pays one subtraction a layer.
         hidden_size = text_config(model).hidden_size
-        self._table = torch.zeros(
-            injector.num_layers, max_rows, hidden_size, dtype=model.dtype, device=model.device
-        )
+        size = (decoder.num_layers, max_rows, hidden_size)
+        self._table = torch.zeros(size, dtype=decoder.steering_dtype, device=self._device)
 
-    def prefill(self, chunk: PrefillChunk) -> Tensor | None:
-        """Run a chunk of one prompt; after the last one return the logits, (1, V) float32.
+    def admit(self, active: ActiveRequest) -> None:
+        """Make its prompts' caches and fill them with what the prefix cache has."""
+        for state in active.prompts:
+            state.cache = PromptCache(self._shape, len(state.prompt))
+            namespace = active.request.namespace
+            state.num_cached = self.prefix.load(state.prompt, namespace, state.cache.kv)
+            state.num_done = state.num_cached
 
-        The prompt's last token alone is steered, so the chunk that holds it is the only one.
+    def embed(self, chunk: PrefillChunk) -> None:
+        """Before a prompt's first chunk: embed what is left of it, pictures included.
+
+        Raises ShiftFailedError where that fails for a prompt of the pair.
         """
-        active = chunk.active
-        if active.prompt_cache is None:
-            self._begin_prompt(active)
-        assert active.prompt_cache is not None and active.embeds is not None
-        active.prompt_cache.begin(chunk.start)
-        positions = active.request.inputs.position_ids[:, chunk.start : chunk.end]
-        delta = active.request.delta
-        injection = None
-        if delta is not None and chunk.is_last:
-            steps = delta.to(self._table).unsqueeze(1)  # (L, 1, D)
-            injection = Injection(steps, token=chunk.end - chunk.start - 1)
-        hidden = self._forward(
-            active.embeds[:, chunk.start : chunk.end],
-            positions.to(self._model.device).unsqueeze(1),  # (P, 1, T)
-            _causal(chunk.start, chunk.end, self._model.device),
-            active.prompt_cache,
-            injection,
-            [active],
-        )
-        return self._logits(hidden) if chunk.is_last else None
+        state, active = chunk.state, chunk.active
+        if state.embeds is not None:
+            return
+        started = time.monotonic()
+        try:
+            self._embed(state, active, chunk.start)
+        except Exception as error:  # boundary: pictures of the pair fall under on_error
+            if state.role == "own":
+                raise
+            raise ShiftFailedError(f"the {state.role} prompt cannot be embedded") from error
+        if state.role != "own":
+            active.shift_s += time.monotonic() - started
+
+    def run(self, chunks: Seq[PrefillChunk], rows: Seq[Sequence]) -> Tensor:
+        """Run a step; logits (F + B, V) float32: of the own prompts that end here, in the chunks'
+        order, then of every row.
+
+        A request that measures its shift here has it in `delta` afterwards, and in `doses` what it
+        came to; both may hold what is no number.
+        """
+        started = time.monotonic()
+        batch = self._batch(chunks, rows)
+        output = self._decoder.run(batch)
+        if output.fired != self._decoder.num_layers * output.forwards:
+            raise SteeringFaultError(
+                f"steering had its turn {output.fired} times in {output.forwards} passes over "
+                f"{self._decoder.num_layers} layers"
+            )
+        for index, (delta, doses) in output.shifts.items():
+            chunks[index].active.delta, chunks[index].active.doses = delta, doses
+        for chunk in chunks:
+            if chunk.is_last:
+                self._keep(chunk)
+        hidden = output.hidden
+        logits = self._decoder.logits(hidden) if len(hidden) else hidden  # no prompt has ended
+        self._account(chunks, rows, output, (time.monotonic() - started) / batch.num_tokens)
+        return logits
 
     def join(self, active: ActiveRequest, first_row: int, num_rows: int, length: int) -> None:
         """Copy a prefilled prompt into a row for each of its sequences.
 
         num_rows, length: what all admitted requests may come to need.
         """
-        assert active.prompt_cache is not None
+        assert active.own.cache is not None
         self._rows.fit(num_rows, length)
         for row in range(first_row, first_row + len(active.sequences)):
-            self._rows.insert(row, active.prompt_cache)
-            self._table[:, row] = 0.0 if active.request.delta is None else active.request.delta
-        active.prompt_cache = active.embeds = None
+            self._rows.insert(row, active.own.cache)
+            self._table[:, row] = 0.0 if active.delta is None else active.delta
+        active.release()
 
     def move(self, move: RowMove, length: int) -> None:
         """Follow the scheduler: a row of `length` tokens has moved into a gap."""
@@ -91,75 +135,80 @@ class Runner:
         """Give the rows' memory back; no row is running."""
         self._rows.release()
 
-    def decode(self, rows: Seq[Sequence]) -> Tensor:
-        """One token further for every row: logits (B, V) float32."""
-        device = self._model.device
-        token_ids = torch.tensor([row.token_ids[-1] for row in rows], device=device)
-        positions = torch.tensor([row.rope_position for row in rows], device=device)
-        mask = self._rows.begin(torch.tensor([row.kv_len for row in rows], device=device))
-        is_steered = any(row.active.request.delta is not None for row in rows)
-        injection = Injection(self._table[:, : len(rows)], token=0) if is_steered else None
-        embeds = self._model.get_input_embeddings()(token_ids[:, None])
+    def _embed(self, state: PromptState, active: ActiveRequest, start: int) -> None:
+        is_shared = state.role == "corrupted" and active.request.plan.corruption in SIZE_DECIDES
+        namespace = SHARED_NAMESPACE if is_shared else active.request.namespace
+        end = len(state.prompt)
+
+        def encode(image: ImageInput) -> Tensor:
+            return encode_image(self._model, image)
+
+        features = {
+            image.digest: self.vision.features(image, namespace, encode)
+            for image in images_between(state.prompt, start, end)
+        }
+        state.embeds = embed(self._model, state.prompt, features, start, end)[0]
+        state.embeds_start = start
+
+    def _batch(self, chunks: Seq[PrefillChunk], rows: Seq[Sequence]) -> Batch:
+        at = {id(chunk.state): number for number, chunk in enumerate(chunks)}
+        return Batch(
+            chunks=tuple(self._chunk(chunk, at) for chunk in chunks),
+            rows=self._row_tokens(rows) if rows else None,
+        )
+
+    def _chunk(self, chunk: PrefillChunk, at: dict[int, int]) -> Chunk:
+        """`at`: the index in the batch of each prompt's chunk."""
+        active, state = chunk.active, chunk.state
+        assert state.cache is not None and state.embeds is not None
+        offset = state.embeds_start
+        is_end = chunk.is_last and state.role == "own"
+        shift = None
+        if is_end and active.measures_shift:
+            corrupted, text_only, _ = (at[id(prompt)] for prompt in active.prompts)
+            shift = Shift(active.request.plan, corrupted, text_only)
+        blocks: list[tuple[int, int]] = []
+        if self._family.has_bidirectional_images:
+            blocks = image_blocks(self._model, state.prompt.token_ids)
+        return Chunk(
+            embeds=state.embeds[chunk.start - offset : chunk.end - offset],
+            positions=state.prompt.position_ids[:, chunk.start : chunk.end].to(self._device),
+            cache=state.cache,
+            start=chunk.start,
+            end=chunk.end,
+            delta=active.delta if is_end and shift is None else None,
+            shift=shift,
+            pictures=tuple(blocks),
+            wants_hidden=is_end,
+        )
+
+    def _row_tokens(self, rows: Seq[Sequence]) -> Rows:
+        numbers = [(row.token_ids[-1], row.rope_position, row.kv_len) for row in rows]
+        token_ids, positions, lengths = torch.tensor(numbers, device=self._device).T
         num_axes = 3 if self._family.has_mrope else 1
-        hidden = self._forward(
-            embeds,
-            positions.expand(num_axes, -1)[..., None],  # (P, B, 1)
-            mask,
-            self._rows,
-            injection,
-            [row.active for row in rows],
+        is_steered = any(row.active.delta is not None for row in rows)
+        return Rows(
+            embeds=self._model.get_input_embeddings()(token_ids),
+            positions=positions.expand(num_axes, -1),
+            cache=self._rows,
+            lengths=lengths,
+            longest=max(kv_len for _, _, kv_len in numbers),
+            deltas=self._table[:, : len(rows)] if is_steered else None,
         )
-        return self._logits(hidden)
 
-    def _begin_prompt(self, active: ActiveRequest) -> None:
-        """Embed the prompt, pictures included, and make its cache."""
-        inputs = active.request.inputs
-        device = self._model.device
-        active.embeds = embed(
-            self._model,
-            torch.tensor([inputs.token_ids], device=device),
-            {name: tensor.to(device) for name, tensor in inputs.image_tensors.items()},
-        )
-        active.prompt_cache = PromptCache(self._shape, active.prompt_len)
+    def _keep(self, chunk: PrefillChunk) -> None:
+        """A prompt is whole: what lies before its last token may serve others."""
+        state = chunk.state
+        assert state.cache is not None
+        self.prefix.store(state.prompt, chunk.active.request.namespace, state.cache.kv)
 
-    def _forward(
-        self,
-        embeds: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        cache: PromptCache | RowCache,
-        injection: Injection | None,
-        actives: list[ActiveRequest],
-    ) -> Tensor:
-        """Run the decoder on embeds (B, T, D), positions (P, B, T); its last states (B, T, D)."""
-        self._injector.take()  # of a pass that broke midway
-        self._injector.injection = injection
-        try:
-            output = self._decoder(
-                inputs_embeds=embeds,
-                position_ids=positions if len(positions) > 1 else positions[0],
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        finally:
-            self._injector.injection = None
-        fired, inject_s = self._injector.take()
-        if fired != self._injector.num_layers:
-            raise SteeringFaultError(
-                f"{fired} steering hooks fired in a pass over {self._injector.num_layers} layers"
-            )
+    def _account(
+        self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], output: Output, token_s: float
+    ) -> None:
+        """Book the pass's costs on the requests that were in it."""
+        for chunk in chunks:
+            if chunk.state.role != "own":
+                chunk.active.shift_s += token_s * (chunk.end - chunk.start)
+        actives = [chunk.active for chunk in chunks] + [row.active for row in rows]
         for active in {id(active): active for active in actives}.values():
-            active.inject_s += inject_s
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._model.get_output_embeddings()(hidden[:, -1])
-        return logits.float()
-
-
-def _causal(start: int, end: int, device: torch.device) -> Tensor:
-    """(1, 1, end - start, end): token i of the chunk sees all tokens up to start + i."""
-    queries = torch.arange(start, end, device=device)[:, None]
-    return (torch.arange(end, device=device) <= queries)[None, None]
+            active.inject_s += output.inject_s

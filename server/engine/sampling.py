@@ -55,7 +55,7 @@ def _adjust(logits: Tensor, row: Sequence) -> None:
     """Change one row (V,) in place, a view of the caller's own copy."""
     p = row.params
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.active.request.inputs.token_ids, *row.token_ids}))
+        seen = torch.tensor(sorted({*row.active.request.inputs.prompt.token_ids, *row.token_ids}))
         seen = seen.to(logits.device)
         values = logits[seen]
         factor = p.repetition_penalty

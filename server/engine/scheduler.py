@@ -1,27 +1,28 @@
 """Who runs next: waiting -> prefilling -> a row of the batch -> finished. Plain Python, no torch.
 
-First come, first served, within `max_rows` and a budget of KV tokens. A step prefills at most
-`prefill_chunk` tokens, so that a long prompt does not freeze the streams.
+First come, first served, within `max_rows` and a budget of KV tokens. A step prefills only so
+many tokens, so that a long prompt does not freeze the streams; how many is pacing.py's.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.engine.sequences import ActiveRequest, Sequence
+from server.engine.sequences import ActiveRequest, PromptState, Sequence
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens [start, end) of one prompt."""
+    """Tokens [start, end) of one of a request's prompts."""
 
     active: ActiveRequest
+    state: PromptState
     start: int
     end: int
 
     @property
     def is_last(self) -> bool:
-        return self.end == self.active.prompt_len
+        return self.end == len(self.state.prompt)
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,24 @@ class RowMove:
 
 
 class Scheduler:
-    """`footprint(num_rows, length)` is the KV tokens that rows of that length take together."""
+    """`footprint(num_rows, length)` is the KV tokens that rows of that length take together;
+    `on_admit` may move a prompt forward by what a cache has of it. With `keep_pictures_whole` no
+    chunk ends inside a picture.
+    """
 
     def __init__(
         self,
         max_rows: int,
         kv_tokens: int,
-        prefill_chunk: int,
         footprint: Callable[[int, int], int],
+        on_admit: Callable[[ActiveRequest], None] = lambda _active: None,
+        keep_pictures_whole: bool = False,
     ) -> None:
         self._max_rows = max_rows
         self._kv_tokens = kv_tokens
-        self._prefill_chunk = prefill_chunk
         self._footprint = footprint
+        self._on_admit = on_admit
+        self._keep_pictures_whole = keep_pictures_whole
         self.waiting: deque[ActiveRequest] = deque()
         self.prefilling: list[ActiveRequest] = []
         self.rows: list[Sequence] = []
@@ -53,19 +59,18 @@ class Scheduler:
     def add(self, active: ActiveRequest) -> None:
         self.waiting.append(active)
 
-    def schedule(self) -> list[PrefillChunk]:
-        """This step's prefill: chunks of admitted prompts in order, then of newly admitted ones.
+    def schedule(self, budget: int) -> list[PrefillChunk]:
+        """This step's prefill, about `budget` tokens: of admitted requests in order, then of newly
+        admitted ones.
 
-        All rows decode after it. Whoever runs the chunks reports each finished prompt by `join`.
+        All rows decode beside it. Whoever runs the chunks reports each finished request by `join`.
         """
         chunks: list[PrefillChunk] = []
-        budget = self._prefill_chunk
         pending = deque(self.prefilling)
         while budget > 0 and (active := pending.popleft() if pending else self._admit()):
-            start = active.num_prefilled
-            active.num_prefilled = min(active.prompt_len, start + budget)
-            budget -= active.num_prefilled - start
-            chunks.append(PrefillChunk(active, start, active.num_prefilled))
+            taken = self._advance(active, budget)
+            budget -= sum(chunk.end - chunk.start for chunk in taken)
+            chunks.extend(taken)
         return chunks
 
     def join(self, active: ActiveRequest) -> int:
@@ -109,5 +114,37 @@ class Scheduler:
         num_rows, length = self.reserved(self.waiting[0])
         if num_rows > self._max_rows or self._footprint(num_rows, length) > self._kv_tokens:
             return None
-        self.prefilling.append(self.waiting.popleft())
-        return self.prefilling[-1]
+        active = self.waiting.popleft()
+        self.prefilling.append(active)
+        self._on_admit(active)
+        return active
+
+    def _advance(self, active: ActiveRequest, budget: int) -> list[PrefillChunk]:
+        """The next chunks of a request's prompts.
+
+        The last tokens of all its prompts run in one pass, because the own prompt's subtracts what
+        the pair's show. So none is run to its end before all can be.
+        """
+        prompts = active.prompts
+        num_left = sum(state.num_left for state in prompts)
+        is_end = num_left <= budget or num_left == len(prompts)
+        chunks = []
+        for state in prompts:
+            start = state.num_done
+            if is_end:
+                end = start + state.num_left
+            else:
+                end = self._cut(state, start + min(state.num_left - 1, budget))
+            if end > start:
+                state.num_done = end
+                budget -= end - start
+                chunks.append(PrefillChunk(active, state, start, end))
+        return chunks
+
+    def _cut(self, state: PromptState, end: int) -> int:
+        """Where a chunk that may end at `end` does."""
+        if self._keep_pictures_whole:
+            for picture in state.prompt.images:
+                if picture.start < end < picture.end:
+                    return picture.end
+        return end

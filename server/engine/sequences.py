@@ -3,13 +3,14 @@
 import random
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from server.engine.text import Detokenizer, StopMatcher
 from server.engine.types import (
     ChoiceFinished,
     EngineRequest,
     FinishReason,
+    Prompt,
     SamplingParams,
     TextEvent,
     TokenLogprob,
@@ -48,7 +49,7 @@ class Sequence:
     @property
     def rope_position(self) -> int:
         """Rotary position of the newest generated token, the next pass's input."""
-        return self.active.request.inputs.next_position + len(self.token_ids) - 1
+        return self.active.request.inputs.prompt.next_position + len(self.token_ids) - 1
 
     def uniform(self) -> float:
         """The next random number of this sequence, in [0, 1)."""
@@ -77,8 +78,38 @@ class Sequence:
 
 
 @dataclass(eq=False)
+class PromptState:
+    """One prompt on its way through prefill: the request's own, or one of its pair.
+
+    num_done: tokens whose KV is in `cache`; num_cached of them came from the prefix cache.
+    embeds (T, D): of the tokens from `embeds_start` on, once the first chunk is due.
+    """
+
+    prompt: Prompt
+    role: Literal["own", "corrupted", "text-only"]
+    num_done: int = 0
+    num_cached: int = 0
+    cache: "PromptCache | None" = None
+    embeds: "Tensor | None" = None
+    embeds_start: int = 0
+
+    @property
+    def num_left(self) -> int:
+        return len(self.prompt) - self.num_done
+
+    def release(self) -> None:
+        """Let go of everything that takes memory."""
+        self.cache = self.embeds = None
+
+
+@dataclass(eq=False)
 class ActiveRequest:
-    """One accepted request on its way through the engine: waiting, prefilling, running."""
+    """One accepted request on its way through the engine: waiting, prefilling, running.
+
+    prompts: those that prefill still has to run, the request's own last. delta (L, D): what its
+    tokens subtract, known from the start or measured, with its doses (L,), by the pass that ends
+    its prefill.
+    """
 
     request: EngineRequest
     max_tokens: int  # resolved: params.max_tokens, else as many as fit
@@ -86,14 +117,42 @@ class ActiveRequest:
     started_at: float | None = None
     first_token_at: float | None = None
     inject_s: float = 0.0
-    num_prefilled: int = 0
-    embeds: "Tensor | None" = None
-    prompt_cache: "PromptCache | None" = None
+    shift_s: float = 0.0
     sequences: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.own = PromptState(self.request.inputs.prompt, "own")
+        self.prompts = [self.own]
+        self.delta = self.request.delta
+        self.doses: Tensor | None = None
+        pair = self.request.inputs.pair
+        if self.request.plan.is_active and self.request.plan.mode == "sample":
+            assert pair is not None, "a sample plan comes with its pair of prompts"
+            self.prompts = [
+                PromptState(pair.corrupted, "corrupted"),
+                PromptState(pair.text_only, "text-only"),
+                self.own,
+            ]
+
+    @property
+    def measures_shift(self) -> bool:
+        """Whether the pass that ends its prefill measures what it subtracts."""
+        return len(self.prompts) > 1
+
+    def give_up_shift(self) -> None:
+        """Go on unsteered, from what the prefix cache gave: a shift that was no number has spread
+        over the prompt, since a masked key that is NaN still makes its scores NaN."""
+        self.prompts, self.delta, self.doses = [self.own], None, None
+        self.own.num_done = self.own.num_cached
+
+    def release(self) -> None:
+        """Let go of everything that takes memory."""
+        for state in self.prompts:
+            state.release()
 
     @property
     def prompt_len(self) -> int:
-        return len(self.request.inputs.token_ids)
+        return len(self.request.inputs.prompt)
 
     @property
     def max_len(self) -> int:

@@ -209,7 +209,10 @@ class RequestTimings:
 
 @dataclass(frozen=True)
 class Finished:
-    """Terminal: every choice has ended. `cached_tokens` of the prompt came from the prefix cache."""
+    """Terminal: every choice has ended.
+
+    cached_tokens: how many of the prompt's came from the prefix cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int

@@ -1,9 +1,13 @@
 """An engine on a tiny model, a collector of its events, and an independent reference."""
 
+import copy
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from server.engine.batch import Batch, Output
 from server.engine.engine import EmbeddedEngine, EngineConfig
+from server.engine.fused import can_fuse
 from server.engine.types import (
     ChoiceFinished,
     EngineEvent,
@@ -19,13 +25,15 @@ from server.engine.types import (
     EngineRequest,
     Failed,
     Finished,
+    OnError,
     SamplingParams,
+    SteeringApplied,
     TextEvent,
     TokenLogprob,
 )
 from steering.models import LoadedModel, identity_of
 from steering.plan import SteeringPlan
-from tests.tiny_models import TinyModel
+from tests.tiny_models import BUILDERS, TinyModel
 
 _ids = itertools.count()
 
@@ -70,6 +78,18 @@ class Answer:
         rows = [sorted(t.logprob for t in token.top) for token in self.logprobs(index)]
         return torch.tensor(rows)
 
+    @property
+    def cached_tokens(self) -> int:
+        assert isinstance(self.terminal, Finished)
+        return self.terminal.cached_tokens
+
+    @property
+    def applied(self) -> SteeringApplied:
+        """What the sample level came to; it precedes all text."""
+        assert isinstance(self.events[0], SteeringApplied)
+        assert sum(isinstance(event, SteeringApplied) for event in self.events) == 1
+        return self.events[0]
+
     def finish_reason(self, index: int = 0) -> str:
         ends = [e for e in self.events if isinstance(e, ChoiceFinished) and e.index == index]
         assert len(ends) == 1
@@ -83,8 +103,10 @@ class EngineUnderTest:
     tiny: TinyModel
     engine: EmbeddedEngine
 
-    def inputs(self, prompt: Any, images: Sequence[Image.Image] = ()) -> EngineInputs:
-        return self.engine.prepare(conversation(prompt, len(images)), images)
+    def inputs(
+        self, prompt: Any, images: Sequence[Image.Image] = (), corruption: Any = None
+    ) -> EngineInputs:
+        return self.engine.prepare(conversation(prompt, len(images)), images, corruption)
 
     def ask(
         self,
@@ -93,29 +115,55 @@ class EngineUnderTest:
         *,
         delta: Tensor | None = None,
         alpha: float = 1.0,
+        sample: SteeringPlan | None = None,
         inputs: EngineInputs | None = None,
         timeout_s: float = float("inf"),
+        namespace: str = "",
+        on_error: OnError = "reject",
         on_event: Callable[[EngineEvent], None] = lambda _event: None,
         **params: Any,
     ) -> Answer:
-        """Submit a request; greedy with the top 5 log-probabilities unless told otherwise."""
+        """Submit a request; greedy with the top 5 log-probabilities unless told otherwise.
+
+        delta: steered at dataset level by alpha * delta; sample: at sample level by this plan.
+        """
         answer = Answer(f"request-{next(_ids)}", on_event=on_event)
         defaults = {"max_tokens": 6, "temperature": 0.0, "top_logprobs": 5, "ignore_eos": True}
         plan = SteeringPlan()
-        if delta is not None and alpha:
+        if sample is not None:
+            plan = sample
+        elif delta is not None and alpha:
             plan = SteeringPlan(mode="dataset", alpha=alpha, vector_id="0" * 64, reason=None)
         self.engine.submit(
             EngineRequest(
                 request_id=answer.request_id,
-                inputs=inputs or self.inputs(prompt, images),
+                inputs=inputs or self.inputs(prompt, images, plan.corruption_in_force),
                 params=SamplingParams(**(defaults | params)),
                 plan=plan,
                 delta=None if delta is None else alpha * delta,
                 emit=answer.emit,
                 timeout_s=timeout_s,
+                namespace=namespace,
+                on_error=on_error,
             )
         )
         return answer
+
+    @contextmanager
+    def slow(self, seconds: float = 0.02) -> Iterator[None]:
+        """Every pass takes at least this long."""
+        decoder = self.engine._runner._decoder
+        run = decoder.run
+
+        def slowly(batch: Batch) -> Output:
+            time.sleep(seconds)
+            return run(batch)
+
+        decoder.run = slowly  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            decoder.run = run  # type: ignore[method-assign]
 
 
 def conversation(prompt: Any, num_images: int = 0) -> list[dict[str, Any]]:
@@ -133,12 +181,18 @@ def loaded(tiny: TinyModel) -> LoadedModel:
 
 @pytest.fixture
 def start_engine() -> Iterator[Callable[..., EngineUnderTest]]:
-    """Start an engine on a tiny model with any EngineConfig fields; all are drained at the end."""
+    """Start an engine on a tiny model with any EngineConfig fields; all are drained at the end.
+
+    With decoder="eager" it runs the very model it is given, else a copy, whose weights it takes.
+    """
     engines: list[EmbeddedEngine] = []
 
     def start(tiny: TinyModel, **config: Any) -> EngineUnderTest:
         sizes = {"max_model_len": 256, "max_rows": 8} | config
-        engine = EmbeddedEngine(loaded(tiny), EngineConfig(**sizes))
+        own = loaded(tiny)
+        if config.get("decoder") != "eager":
+            own = replace(own, model=copy.deepcopy(tiny.model))
+        engine = EmbeddedEngine(own, EngineConfig(**sizes))
         engines.append(engine)
         engine.start()
         return EngineUnderTest(tiny, engine)
@@ -146,6 +200,24 @@ def start_engine() -> Iterator[Callable[..., EngineUnderTest]]:
     yield start
     for engine in engines:
         engine.drain(0)
+
+
+Serve = Callable[..., EngineUnderTest]
+FUSED = [name for name in BUILDERS if can_fuse(BUILDERS[name]().model)]
+SERVED = [(name, "eager") for name in BUILDERS] + [(name, "fused") for name in FUSED]
+
+
+@pytest.fixture(params=SERVED, ids=[f"{name}-{decoder}" for name, decoder in SERVED])
+def serve(request: pytest.FixtureRequest, start_engine: Serve) -> Serve:
+    """Starts an engine on a supported family by one of its decoders: the conformance suite's."""
+    name, decoder = request.param
+    tiny = _built(name)
+    return lambda **config: start_engine(tiny, decoder=decoder, **config)
+
+
+@cache
+def _built(name: str) -> TinyModel:
+    return BUILDERS[name]()
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -173,33 +245,58 @@ def reference_log_probs(
 
     Its own hooks subtract delta from the last prompt token and from every answer token.
     """
-    processor, model = tiny.processor, tiny.model
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    batch = dict(processor(text=[prompt], images=list(images) or None, return_tensors="pt"))
+    batch = _processed(tiny, messages, images)
     prompt_len = batch["input_ids"].shape[1]
     answer = torch.tensor([list(answer_ids)[:-1]], dtype=torch.long)
     batch["input_ids"] = torch.cat([batch["input_ids"], answer], dim=1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    if "mm_token_type_ids" in batch:
-        types = batch["mm_token_type_ids"]
-        batch["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(answer)], dim=1)
+    for types in ("mm_token_type_ids", "token_type_ids"):
+        if types in batch:
+            batch[types] = torch.cat([batch[types], torch.zeros_like(answer)], dim=1)
 
-    def hook_of(layer: int) -> Any:
-        def hook(_module: Any, _args: Any, hidden: Tensor) -> Tensor:
-            assert delta is not None
-            mask = torch.arange(hidden.shape[1])[None, :, None] >= prompt_len - 1
-            return torch.where(mask, hidden - delta[layer].to(hidden.dtype), hidden)
+    def steer(layer: int, hidden: Tensor) -> Tensor:
+        assert delta is not None
+        mask = torch.arange(hidden.shape[1])[None, :, None] >= prompt_len - 1
+        return torch.where(mask, hidden - delta[layer].to(hidden.dtype), hidden)
 
-        return hook
+    with _hooked(tiny, None if delta is None else steer), torch.no_grad():
+        logits = tiny.model(**batch, use_cache=False).logits[0, prompt_len - 1 :]
+    return torch.log_softmax(logits.float(), dim=-1)
 
+
+def reference_last_hidden(
+    tiny: TinyModel, messages: list[dict[str, Any]], images: Sequence[Image.Image]
+) -> Tensor:
+    """(L, D): the bare model's states after each layer at the last prompt token."""
+    states: list[Tensor] = []
+
+    def keep(_layer: int, hidden: Tensor) -> None:
+        states.append(hidden[0, -1].clone())
+
+    with _hooked(tiny, keep), torch.no_grad():
+        tiny.model(**_processed(tiny, messages, images), use_cache=False)
+    return torch.stack(states)
+
+
+def _processed(
+    tiny: TinyModel, messages: list[dict[str, Any]], images: Sequence[Image.Image]
+) -> dict[str, Tensor]:
+    processor = tiny.processor
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    pictures = [list(images)] if images else None
+    return dict(processor(text=[prompt], images=pictures, return_tensors="pt"))
+
+
+@contextmanager
+def _hooked(tiny: TinyModel, act: Callable[[int, Tensor], Tensor | None] | None) -> Iterator[None]:
+    """Call `act` after each decoder layer of the bare model, by hooks of the tests' own."""
     handles = []
-    if delta is not None:
-        layers = model.get_decoder().layers
-        handles = [m.register_forward_hook(hook_of(i)) for i, m in enumerate(layers)]
+    if act is not None:
+        for number, module in enumerate(tiny.model.get_decoder().layers):
+            hook = lambda _m, _a, hidden, layer=number: act(layer, hidden)  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
     try:
-        with torch.no_grad():
-            logits = model(**batch, use_cache=False).logits[0, prompt_len - 1 :]
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return torch.log_softmax(logits.float(), dim=-1)

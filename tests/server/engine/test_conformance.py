@@ -1,29 +1,37 @@
-"""What every served family must satisfy: the engine computes what the bare model computes.
+"""What every served family must satisfy, by each of its decoders: the engine computes what the
+bare model computes, steered or not, with caches or without.
 
 Compared on log-probabilities with a tolerance, never on text alone (texts of different batch
 shapes may part on ties).
 """
 
 import random
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from server.engine.types import EngineError, Failed, Finished, TextEvent
+from steering.corruption import Corruption, corrupt
+from steering.methods import sample_delta
+from steering.plan import Schedule, SteeringPlan
 from tests.server.engine.conftest import (
     Answer,
-    EngineUnderTest,
+    Serve,
     conversation,
     picture,
     random_delta,
+    reference_last_hidden,
     reference_log_probs,
 )
 from tests.tiny_models import TinyModel
 
-Start = Callable[..., EngineUnderTest]
+INCREMENTAL = Schedule("incremental")
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+CACHES = {"prefix_cache_bytes": 1 << 24, "vision_cache_bytes": 1 << 24}
 
 TURNS = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
@@ -56,145 +64,309 @@ def assert_equals_reference(
 
 @pytest.mark.parametrize("steered", [False, True], ids=["unsteered", "steered"])
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_an_answer_equals_the_bare_models(
-    tiny_model: TinyModel, start_engine: Start, kind: str, steered: bool
-) -> None:
+def test_an_answer_equals_the_bare_models(serve: Serve, kind: str, steered: bool) -> None:
     prompt, images = PROMPTS[kind]
-    delta = random_delta(tiny_model) if steered else None
-    answer = start_engine(tiny_model).ask(prompt, images, delta=delta, max_tokens=8).wait()
-    assert_equals_reference(tiny_model, answer, prompt, images, delta)
+    under_test = serve()
+    delta = random_delta(under_test.tiny) if steered else None
+    answer = under_test.ask(prompt, images, delta=delta, max_tokens=8).wait()
+    assert_equals_reference(under_test.tiny, answer, prompt, images, delta)
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 512])
-def test_prefill_in_chunks_changes_nothing(
-    tiny_model: TinyModel, start_engine: Start, prefill_chunk: int
-) -> None:
+def test_prefill_in_chunks_changes_nothing(serve: Serve, prefill_chunk: int) -> None:
     """Pitfall 7: a one-token last chunk is still prefill, and its last token is steered."""
     prompt, images = PROMPTS["several turns"]
-    delta = random_delta(tiny_model)
-    under_test = start_engine(tiny_model, prefill_chunk=prefill_chunk)
+    under_test = serve(prefill_chunk=prefill_chunk)
+    delta = random_delta(under_test.tiny)
     answer = under_test.ask(prompt, images, delta=delta).wait()
-    assert_equals_reference(tiny_model, answer, prompt, images, delta)
+    assert_equals_reference(under_test.tiny, answer, prompt, images, delta)
 
 
+@pytest.mark.parametrize("caches", [{}, CACHES], ids=["cold", "cached"])
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 512])
 def test_the_steered_positions_are_the_last_of_the_prompt_and_every_generated_one(
-    tiny_model: TinyModel, start_engine: Start, prefill_chunk: int
+    serve: Serve, prefill_chunk: int, caches: dict[str, int]
 ) -> None:
-    """Pitfall 7, exactly: seen from outside, by hooks before and after the engine's own."""
-    before: list[Tensor] = []
-    after: list[Tensor] = []
-    layer = tiny_model.model.get_decoder().layers[0]
-    first = layer.register_forward_hook(lambda _m, _a, hidden: before.append(hidden.clone()))
-    under_test = start_engine(tiny_model, prefill_chunk=prefill_chunk)
-    last = layer.register_forward_hook(lambda _m, _a, hidden: after.append(hidden.clone()))
-    try:
-        before.clear()
-        prompt, images = PROMPTS["one picture"]
-        inputs = under_test.inputs(prompt, images)
-        under_test.ask(prompt, images, delta=random_delta(tiny_model), max_tokens=4).wait()
-    finally:
-        first.remove()
-        last.remove()
-    unsteered, steered = torch.cat(before, dim=1)[0], torch.cat(after, dim=1)[0]
-    moved = (unsteered != steered).any(dim=-1).nonzero()[:, 0].tolist()
-    num_prompt = len(inputs.token_ids)
-    assert moved == list(range(num_prompt - 1, num_prompt + 3))
+    """Pitfall 7, exactly: what is steered after layer 0 shows in the keys of layer 1."""
+    prompt, images = PROMPTS["one picture"]
+    under_test = serve(prefill_chunk=prefill_chunk, **caches)
+    inputs = under_test.inputs(prompt, images)
+    num_prompt = len(inputs.prompt)
+    runner = under_test.engine._runner
+    keys: list[Tensor] = []
+
+    def look(event: object) -> None:
+        if isinstance(event, TextEvent):
+            keys.append(runner._rows._kv[1, 0, 0, :, : num_prompt + 3].clone())
+
+    for delta in (None, random_delta(under_test.tiny)):
+        bias = {65: 1e4}  # the same answer, so that steering alone makes the difference
+        params: dict[str, Any] = {"max_tokens": 4, "logit_bias": bias}
+        under_test.ask(prompt, images, delta=delta, on_event=look, **params).wait()
+    plain, steered = keys[3], keys[7]  # as the last of four tokens came
+    moved = (plain - steered).abs().amax(dim=(0, 2)) > 1e-5
+    assert moved.nonzero()[:, 0].tolist() == list(range(num_prompt - 1, num_prompt + 3))
 
 
-def test_random_mixed_batches_leave_every_row_as_if_alone(
-    tiny_model: TinyModel, start_engine: Start
-) -> None:
-    """Pitfall 3: random alpha, n, lengths and cancels, beside a neighbour with a 1e6 Delta."""
+def test_random_mixed_batches_leave_every_row_as_if_alone(serve: Serve) -> None:
+    """Pitfalls 3 and 6: random modes, alpha, n, lengths and cancels, caches on, beside a neighbour
+    with a 1e6 Delta."""
     chance = random.Random(7)
-    under_test = start_engine(tiny_model, max_rows=6, prefill_chunk=40)
-    huge = 1e6 * random_delta(tiny_model, 99)
-    cases: list[tuple[Answer, str, list[Any], Tensor | None, dict[str, int]]] = []
+    under_test = serve(max_rows=6, prefill_chunk=40, **CACHES)
+    tiny = under_test.tiny
+    huge = 1e6 * random_delta(tiny, 99)
+    cases: list[tuple[Answer, str, list[Any], Tensor | SteeringPlan | None, dict[str, int]]] = []
     doomed: list[Answer] = []
     for number in range(24):
-        images = [picture(number + k, (16 + 8 * k, 24)) for k in range(chance.randrange(3))]
-        delta = chance.choice([None, random_delta(tiny_model, number, chance.uniform(0.05, 2))])
+        images = [picture(number % 5 + k, (16 + 8 * k, 24)) for k in range(chance.randrange(3))]
+        steering: Tensor | SteeringPlan | None = chance.choice(
+            [None, random_delta(tiny, number, chance.uniform(0.05, 2)), sample_plan()]
+        )
+        if not images and isinstance(steering, SteeringPlan):
+            steering = None
         prompt = "x" * chance.randrange(1, 40)
         params = {"max_tokens": chance.randrange(1, 12), "n": chance.choice([1, 1, 1, 2, 3])}
         if number % 4 == 3:
             doomed.append(under_test.ask(prompt, images, delta=huge, max_tokens=40))
             if chance.random() < 0.7:
                 under_test.engine.cancel(doomed[-1].request_id)
-        cases.append(
-            (under_test.ask(prompt, images, delta=delta, **params), prompt, images, delta, params)
-        )
+        how = {"sample": steering} if isinstance(steering, SteeringPlan) else {"delta": steering}
+        answer = under_test.ask(prompt, images, **how, **params)
+        cases.append((answer, prompt, images, steering, params))
     for answer in [*doomed, *(case[0] for case in cases)]:
         answer.wait()  # all of them: the reference must not run the model beside the engine
-    for answer, prompt, images, delta, params in cases:
+    for answer, prompt, images, steering, params in cases:
         messages = conversation(prompt, len(images))
+        delta = steering
+        if isinstance(steering, SteeringPlan):
+            delta = reference_shift(tiny, messages, images, steering)
+        assert not isinstance(delta, SteeringPlan)
         for index in range(params["n"]):
             ids = answer.token_ids(index)
             assert len(ids) == params["max_tokens"]
-            expected = reference_log_probs(tiny_model, messages, images, ids, delta)
+            expected = reference_log_probs(tiny, messages, images, ids, delta)
             torch.testing.assert_close(
                 answer.top(index), expected.topk(5).values.flip(-1), **TOLERANCE
             )
 
 
 @pytest.mark.parametrize("layer", range(3))
-def test_the_sign_of_the_method(tiny_model: TinyModel, start_engine: Start, layer: int) -> None:
-    """DESIGN 1: the image is the corrupted one, the shift its own, alpha 1, layer l alone: then
-    the last token's state after layer l is the text-only prompt's."""
-    from steering.hooks import record
-    from steering.layers import decoder_layers
-    from steering.ops import scheduled
-    from steering.plan import Schedule
-
-    under_test = start_engine(tiny_model)
-    layers = decoder_layers(tiny_model.model)
-
-    def last_states(images: list[Any], delta: Tensor | None) -> Tensor:
-        with record(layers) as recorder:  # after the engine's hooks: sees what they leave
-            under_test.ask("Hi there", images, delta=delta, max_tokens=1).wait()
-            return recorder.last_hidden()[:, 0]
-
-    text_only = last_states([], None)
-    corrupted = last_states([picture(1)], None)
-    shift = corrupted - text_only
-    delta = scheduled(shift, Schedule(first=layer, last=layer))
-    steered = last_states([picture(1)], delta)
-    torch.testing.assert_close(steered[layer], text_only[layer], atol=1e-4, rtol=1e-4)
-    assert torch.equal(steered[:layer], corrupted[:layer])
-
-
-def test_a_delta_of_zero_is_exactly_no_delta(tiny_model: TinyModel, start_engine: Start) -> None:
-    """Pitfall 4: alpha 0 beside a steered row gives the very logits of an unsteered run."""
-    under_test = start_engine(tiny_model)
-    prompt, images = PROMPTS["one picture"]
-    plain = under_test.ask(prompt, images).wait()
-    zero = under_test.ask(prompt, images, delta=random_delta(tiny_model), alpha=0.0).wait()
-    assert [t.logprob for t in zero.logprobs()] == [t.logprob for t in plain.logprobs()]
+def test_the_sign_of_the_method(serve: Serve, layer: int) -> None:
+    """DESIGN 1: the image is the corrupted one, alpha 1, layer l alone: then the state after
+    layer l is the text-only prompt's. With no layer above l its logits are, too."""
+    under_test = serve()
+    tiny = under_test.tiny
+    blank = Image.new("RGB", (24, 16), "white")
+    with_image = reference_last_hidden(tiny, conversation("Hi there", 1), [blank])
+    text_only = reference_last_hidden(tiny, conversation("Hi there"), [])
+    plan = sample_plan(alpha=1.0, schedule=Schedule(first=layer, last=layer))
+    seen: list[Tensor] = []
+    under_test.ask(
+        "Hi there",
+        [blank],
+        sample=plan,
+        max_tokens=2,
+        on_event=lambda _e: seen.append(under_test.engine._runner._table[:, 0].clone()),
+    ).wait()
+    torch.testing.assert_close(seen[1][layer].float(), (with_image - text_only)[layer], **TOLERANCE)
+    assert not seen[1][[k for k in range(3) if k != layer]].any()
+    if layer == 2:
+        steered = under_test.ask("Hi there", [blank], sample=plan, max_tokens=1).wait()
+        plain = under_test.ask("Hi there", max_tokens=1).wait()
+        torch.testing.assert_close(steered.top(), plain.top(), **TOLERANCE)
 
 
-def test_interleaving_alphas_on_one_prompt_leaves_no_trace(
-    tiny_model: TinyModel, start_engine: Start
-) -> None:
-    """Pitfall 1: alpha 0, then 1, then 0 again on one prompt: the third equals the first."""
-    under_test = start_engine(tiny_model)
-    prompt, images = PROMPTS["several turns"]
-    cold = under_test.ask(prompt, images).wait()
-    steered = under_test.ask(prompt, images, delta=random_delta(tiny_model)).wait()
-    again = under_test.ask(prompt, images).wait()
-    assert torch.equal(cold.top(), again.top())
-    assert not torch.allclose(cold.top(), steered.top(), atol=1e-2)
+# Sample level
 
 
-def test_usage_counts_image_tokens_as_the_processor_does(
-    tiny_model: TinyModel, start_engine: Start
-) -> None:
-    prompt, images = PROMPTS["two pictures of different sizes"]
-    under_test = start_engine(tiny_model)
-    answer = under_test.ask(prompt, images, max_tokens=3, n=2).wait()
-    text = tiny_model.processor.apply_chat_template(
-        conversation(prompt, len(images)), add_generation_prompt=True, tokenize=False
+def sample_plan(
+    alpha: float = 0.7,
+    schedule: Schedule = INCREMENTAL,
+    corruption: Corruption = "blank",
+    max_relative_dose: float = 10.0,
+) -> SteeringPlan:
+    return SteeringPlan(
+        mode="sample",
+        alpha=alpha,
+        schedule=schedule,
+        corruption=corruption,
+        max_relative_dose=max_relative_dose,
+        reason=None,
     )
-    processed = tiny_model.processor(text=[text], images=images)
-    expected = processed["input_ids"][0]
-    assert (answer.terminal.prompt_tokens, answer.terminal.completion_tokens) == (len(expected), 6)
-    placeholder = tiny_model.model.config.image_token_id
-    assert under_test.inputs(prompt, images).token_ids.count(placeholder) > 2
+
+
+def text_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
+        for message in messages
+    ]
+
+
+def reference_shift(
+    tiny: TinyModel, messages: list[dict[str, Any]], images: list[Any], plan: SteeringPlan
+) -> Tensor:
+    """What the plan subtracts, from two passes of the bare model without a cache."""
+    meaningless = [corrupt(image, plan.corruption) for image in images]
+    corrupted = reference_last_hidden(tiny, messages, meaningless)
+    return sample_delta(plan, corrupted, reference_last_hidden(tiny, text_only(messages), []))
+
+
+@pytest.mark.parametrize("corruption", ["blank", "noise", "gray", "mean-colour"])
+@pytest.mark.parametrize("kind", [kind for kind in PROMPTS if kind != "text"])
+def test_the_sample_level_subtracts_the_requests_own_shift(
+    serve: Serve, kind: str, corruption: Corruption
+) -> None:
+    prompt, images = PROMPTS[kind]
+    under_test = serve()
+    plan = sample_plan(corruption=corruption)
+    answer = under_test.ask(prompt, images, sample=plan).wait()
+    delta = reference_shift(under_test.tiny, conversation(prompt, len(images)), images, plan)
+    assert delta.norm() > 0.1, "the corrupted pictures shift nothing: the test would show nothing"
+    assert_equals_reference(under_test.tiny, answer, prompt, images, delta)
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 7, 512])
+@pytest.mark.parametrize("schedule", ["all", "incremental", "range:1-2", "single:1"])
+def test_the_sample_level_in_chunks_and_from_the_cache(
+    serve: Serve, prefill_chunk: int, schedule: str
+) -> None:
+    """Pitfall 6: the shift of a request from cold caches and from warm ones is the same."""
+    prompt, images = PROMPTS["several turns"]
+    under_test = serve(prefill_chunk=prefill_chunk, **CACHES)
+    plan = sample_plan(schedule=Schedule.parse(schedule))
+    delta = reference_shift(under_test.tiny, prompt, images, plan)
+    cold = under_test.ask(prompt, images, sample=plan).wait()
+    warm = under_test.ask(prompt, images, sample=plan).wait()
+    assert cold.cached_tokens == 0 < warm.cached_tokens
+    for answer in (cold, warm):
+        assert_equals_reference(under_test.tiny, answer, prompt, images, delta)
+
+
+def test_a_shift_does_not_depend_on_its_own_alpha_or_on_neighbours(serve: Serve) -> None:
+    """Pitfall 6: it is measured in the unsteered model."""
+    under_test = serve(**CACHES)
+    tables: list[Tensor] = []
+
+    def look(_event: object) -> None:
+        tables.append(under_test.engine._runner._table[:, 0].float().clone())
+
+    for alpha in (0.01, 2.0):
+        plan = sample_plan(alpha=alpha)
+        under_test.ask("Hi", [picture(1)], sample=plan, max_tokens=2, on_event=look).wait()
+    torch.testing.assert_close(tables[1] / 0.01, tables[-2] / 2.0, atol=1e-3, rtol=1e-3)
+
+
+def test_a_dose_over_the_cap_is_scaled_down_layer_by_layer(serve: Serve) -> None:
+    under_test = serve()
+    prompt, images = PROMPTS["one picture"]
+    plan = sample_plan(alpha=5.0, max_relative_dose=0.02)
+    answer = under_test.ask(prompt, images, sample=plan).wait()
+    assert answer.applied.relative_dose == pytest.approx(0.02, rel=1e-3)
+    delta = reference_shift(under_test.tiny, conversation(prompt, 1), images, plan)
+    assert_equals_reference(under_test.tiny, answer, prompt, images, delta)
+
+
+@pytest.mark.parametrize("on_error", ["reject", "serve-unsteered"])
+@pytest.mark.parametrize("how", ["picture", "numbers"])
+def test_a_shift_that_cannot_be_measured_falls_under_on_error(
+    serve: Serve, on_error: Any, how: str
+) -> None:
+    """Never served unsteered in silence; the neighbours go on."""
+    under_test = serve(**CACHES)
+    prompt, images = PROMPTS["one picture"]
+    inputs = under_test.inputs(prompt, images, "blank")
+    assert inputs.pair is not None
+    (blank,) = inputs.pair.corrupted.images
+    tensors = dict(blank.tensors)
+    if how == "picture":
+        tensors = {name: torch.cat([tensor] * 2) for name, tensor in tensors.items()}
+    else:
+        tensors["pixel_values"] = torch.full_like(tensors["pixel_values"], float("nan"))
+    broken = replace(blank, tensors=tensors, digest="broken")
+    pair = replace(inputs.pair, corrupted=replace(inputs.pair.corrupted, images=(broken,)))
+    plan = sample_plan()
+    neighbour = under_test.ask("Hi", [picture(2)], sample=plan, max_tokens=30)
+    answer = under_test.ask(
+        prompt, inputs=replace(inputs, pair=pair), sample=plan, on_error=on_error
+    ).wait()
+    assert isinstance(neighbour.wait().terminal, Finished)
+    if on_error == "reject":
+        assert isinstance(answer.terminal, Failed)
+        assert "steering failed" in answer.terminal.message
+        assert not any(isinstance(event, TextEvent) for event in answer.events)
+        return
+    assert answer.applied.failure
+    assert_equals_reference(under_test.tiny, answer, prompt, images, None)
+
+
+# Caches
+
+
+def test_the_prefix_cache_knows_no_alpha(serve: Serve) -> None:
+    """Pitfall 1: A (alpha 0), B (alpha 1), A again; hits happen and A's logits are a cold A's."""
+    under_test = serve(**CACHES)
+    tiny = under_test.tiny
+    prompt, images = PROMPTS["several turns"]
+    delta = random_delta(tiny)
+    plan = sample_plan()
+    first = under_test.ask(prompt, images).wait()
+    assert first.cached_tokens == 0
+    for steering in ({"delta": delta}, {}, {"sample": plan}, {}, {"delta": delta}):
+        answer = under_test.ask(prompt, images, **steering).wait()
+        assert answer.cached_tokens > 0
+        expected = steering.get("delta")
+        if "sample" in steering:
+            expected = reference_shift(tiny, prompt, images, plan)
+        assert_equals_reference(tiny, answer, prompt, images, expected)
+
+
+def test_a_second_turn_reuses_the_first(serve: Serve) -> None:
+    under_test = serve(**CACHES)
+    first = [TURNS[0], TURNS[1]]
+    under_test.ask(first, [picture(1)]).wait()
+    later = [*first, TURNS[2], {"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
+    answer = under_test.ask(later, [picture(1)]).wait()
+    end_of_picture = under_test.inputs(later, [picture(1)]).prompt.images[0].end
+    assert answer.cached_tokens >= end_of_picture
+    assert_equals_reference(under_test.tiny, answer, later, [picture(1)], None)
+
+
+def test_caches_are_a_tenants_own_but_the_blank_picture_is_everybodys(serve: Serve) -> None:
+    under_test = serve(**CACHES)
+    prompt, images = PROMPTS["one picture"]
+    plan = sample_plan()
+    under_test.ask(prompt, images, sample=plan, namespace="a").wait()
+    runner = under_test.engine._runner
+    before = runner.prefix.hit_tokens
+    other = under_test.ask(prompt, images, sample=plan, namespace="b").wait()
+    assert other.cached_tokens == 0
+    inputs = under_test.inputs(prompt, images, "blank")
+    assert inputs.pair is not None
+    assert runner.prefix.hit_tokens - before == inputs.pair.corrupted.shared_len
+    same = under_test.ask(prompt, images, sample=plan, namespace="b").wait()
+    assert same.cached_tokens > 0
+    torch.testing.assert_close(same.top(), other.top(), **TOLERANCE)
+
+
+def test_another_picture_of_the_same_bytes_is_another_picture(serve: Serve) -> None:
+    """Pitfall 11: 24 x 16 and 16 x 24 of the same bytes, where both make as many tokens."""
+    under_test = serve(**CACHES)
+    wide = picture(1, (24, 16))
+    tall = Image.frombytes("RGB", (16, 24), wide.tobytes())
+    for image in (wide, tall, wide):
+        answer = under_test.ask("Hi", [image]).wait()
+        assert_equals_reference(under_test.tiny, answer, "Hi", [image], None)
+
+
+def test_a_decoder_that_computes_something_else_is_refused(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-check: a forgotten picture, say, stops the start."""
+    monkeypatch.setattr(
+        "server.engine.selfcheck.encode_image",
+        lambda model, image: torch.zeros(
+            image.num_features, model.config.get_text_config().hidden_size
+        ),
+    )
+    with pytest.raises(EngineError, match="is not served: the engine's logits differ"):
+        serve()

@@ -1,0 +1,114 @@
+"""What one forward pass computes: chunks of prompts and one token of every running row.
+
+The decoders (eager.py, fused.py) run it; the runner makes it. A pass steers at most one token of
+each chunk, its last, and every row's. Does not decide what runs (scheduler.py).
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from server.engine.cache import PromptCache, RowCache
+from steering.plan import SteeringPlan
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A shift that the pass measures for one of its own chunks, and applies by `plan`.
+
+    corrupted, text_only: indices of the chunks whose last tokens show it, before this one.
+    """
+
+    plan: SteeringPlan
+    corrupted: int
+    text_only: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, end) of one prompt: embeds (T, D), positions (P, T).
+
+    What its last token subtracts at each layer: `delta` (L, D) float32, or a `shift` that this
+    pass measures, or nothing. `pictures`: spans of tokens that see each other both ways.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    cache: PromptCache
+    start: int
+    end: int
+    delta: Tensor | None = None
+    shift: Shift | None = None
+    pictures: tuple[tuple[int, int], ...] = ()
+    wants_hidden: bool = True
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One token of each of B rows: embeds (B, D), positions (P, B), lengths (B,) before it.
+
+    deltas (L, B, D): what each row subtracts, in the decoder's steering dtype, zero for rows that
+    are not steered; None when none is.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    cache: RowCache
+    lengths: Tensor
+    longest: int
+    deltas: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chunks and rows of one pass; either may be absent, not both."""
+
+    chunks: tuple[Chunk, ...] = ()
+    rows: Rows | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk) for chunk in self.chunks) + (
+            0 if self.rows is None else len(self.rows.embeds)
+        )
+
+
+@dataclass
+class Output:
+    """hidden (S, D): the normed last states of the chunks that want them, then of the rows.
+
+    shifts: by chunk index, what a measured shift came to: delta (L, D) float32 and its doses (L,).
+    fired: at how many layers steering had its turn, over `forwards` runs through all of them.
+    """
+
+    hidden: Tensor
+    shifts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fired: int = 0
+    forwards: int = 1
+    inject_s: float = 0.0
+
+
+class Decoder(Protocol):
+    """Runs the language model's layers under steering; owns no request state."""
+
+    num_layers: int
+    steering_dtype: torch.dtype  # of Rows.deltas
+
+    def run(self, batch: Batch) -> Output: ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(S, D) -> (S, V) float32."""
+        ...
+
+    def trace(self, batch: Batch) -> tuple[Tensor, Output]:
+        """Run it, and return too what each layer's *reader* (the next layer, the final norm) was
+        given at the last token of every chunk and of every row: (L, chunks + rows, D) float32.
+
+        The batch measures no shift.
+        """
+        ...

@@ -1,0 +1,28 @@
+"""Which decoder runs the model: this project's own pass, or the model's own modules."""
+
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from server.engine.batch import Decoder
+from server.engine.eager import EagerDecoder
+from server.engine.fused import FusedDecoder, can_fuse
+from server.engine.types import EngineError
+from steering.hooks import steer
+from steering.layers import decoder_layers
+
+DecoderChoice = Literal["auto", "eager", "fused"]
+
+
+def build_decoder(choice: DecoderChoice, model: Any, life: ExitStack) -> Decoder:
+    """The decoder of `choice`; `auto` is fused where the model's shape allows it.
+
+    Hooks stay installed for `life`. A fused decoder takes the model's weights over. Raises
+    EngineError where `fused` is asked for and cannot be.
+    """
+    if choice == "fused" and not can_fuse(model):
+        name = type(model.get_decoder()).__name__
+        raise EngineError(f"{name} cannot run fused here; choose decoder auto or eager")
+    if choice == "eager" or not can_fuse(model):
+        return EagerDecoder(model, life.enter_context(steer(decoder_layers(model))))
+    decoder_layers(model)  # raises where the count is not the configuration's
+    return FusedDecoder(model)
