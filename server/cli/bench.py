@@ -136,10 +136,11 @@ def bench(
     `ignore_eos` (or, as `transformers serve`, a generation config) produce exactly --max-tokens.
 
     --scenario throughput: tokens/s, time to first token, gaps between tokens, a decode step with
-    all chats decoding, what steering costs by the server's account and by comparison.
+    all chats decoding (none is shown where the first chat ended before the last began: raise
+    --max-tokens), what steering costs by the server's account and by comparison.
 
     --scenario stalls: the gaps between tokens of running answers while text prompts of 2,000
-    tokens keep arriving, and without them.
+    tokens keep arriving, one after the other, and without them; --max-tokens 256 or more.
 
     --scenario second-turn: time to first token of a second question about a picture, after an
     answer of --max-tokens, over that of the first.
