@@ -1,17 +1,22 @@
 """ASGI responses that run one engine request while they answer it.
 
 Whole or streamed; a client that leaves cancels the request. Does not cover what the bytes say
-(convert.py) nor how the request came about (routes/chat.py).
+(convert.py, steered.py) nor how the request came about (routes/chat.py).
 """
+
+import logging
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.convert import AnswerHead, StreamedAnswer, WholeAnswer, error_frame, steering_header
-from server.engine.types import EngineEvent, EngineRequest, Finished
+from server.convert import AnswerHead, StreamedAnswer, WholeAnswer, error_frame
+from server.engine.types import EngineEvent, EngineRequest, Finished, SteeringApplied
 from server.errors import GenerationFailedError, error_body
 from server.generation import Generation
 from server.middleware import RequestRecord
+from server.steered import Steered
+
+log = logging.getLogger("deshift.steering")
 
 
 class EngineResponse(Response):
@@ -20,16 +25,11 @@ class EngineResponse(Response):
     """
 
     def __init__(
-        self,
-        generation: Generation,
-        engine_request: EngineRequest,
-        head: AnswerHead,
-        record: RequestRecord,
+        self, generation: Generation, engine_request: EngineRequest, record: RequestRecord
     ) -> None:
         super().__init__()
         self._generation = generation
         self._engine_request = engine_request
-        self._head = head
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,34 +40,50 @@ class EngineResponse(Response):
     async def _answer(self, send: Send) -> None:
         raise NotImplementedError
 
-    async def _start(self, send: Send, *headers: tuple[bytes, bytes]) -> None:
-        steering = (b"x-deshift-steering", steering_header(self._head.plan).encode("ascii"))
+    async def _start(self, send: Send, steered: Steered, *headers: tuple[bytes, bytes]) -> None:
+        self._record.steering = steered.log_value
+        steering = (b"x-deshift-steering", steered.header.encode("ascii"))
         start = {"type": "http.response.start", "status": 200, "headers": [steering, *headers]}
         await send(start)
 
     def _note(self, event: EngineEvent) -> None:
-        if isinstance(event, Finished):
-            self._record.prompt_tokens = event.prompt_tokens
-            self._record.completion_tokens = event.completion_tokens
+        match event:
+            case Finished():
+                self._record.prompt_tokens = event.prompt_tokens
+                self._record.completion_tokens = event.completion_tokens
+            case SteeringApplied(failure=str(failure)):
+                log.warning("request_id=%s unsteered: %a", self._record.request_id, failure)
 
 
 class WholeResponse(EngineResponse):
     """One JSON body, when everything is there."""
 
+    def __init__(
+        self,
+        generation: Generation,
+        engine_request: EngineRequest,
+        record: RequestRecord,
+        head: AnswerHead,
+        steered: Steered,
+    ) -> None:
+        super().__init__(generation, engine_request, record)
+        self._answer_so_far = WholeAnswer(head, steered)
+
     async def _answer(self, send: Send) -> None:
-        answer = WholeAnswer(self._head)
+        answer = self._answer_so_far
         async for events in self._generation.batches():
             for event in events:
                 self._note(event)
                 answer.add(event)
         body = answer.body()
         length = (b"content-length", str(len(body)).encode("ascii"))
-        await self._start(send, (b"content-type", b"application/json"), length)
+        await self._start(send, answer.steered, (b"content-type", b"application/json"), length)
         await send({"type": "http.response.body", "body": body})
 
 
 class StreamResponse(EngineResponse):
-    """Server-sent events; the head waits for the first event, so that failures keep their status.
+    """Server-sent events; the head waits for the first frame, so that failures keep their status
+    and the steering that it names is settled.
 
     Events that arrived together leave together.
     """
@@ -76,12 +92,13 @@ class StreamResponse(EngineResponse):
         self,
         generation: Generation,
         engine_request: EngineRequest,
-        head: AnswerHead,
         record: RequestRecord,
+        head: AnswerHead,
+        steered: Steered,
         include_usage: bool,
     ) -> None:
-        super().__init__(generation, engine_request, head, record)
-        self._answer_so_far = StreamedAnswer(head, include_usage)
+        super().__init__(generation, engine_request, record)
+        self._answer_so_far = StreamedAnswer(head, steered, include_usage)
         self._is_started = False
 
     async def _answer(self, send: Send) -> None:
@@ -98,14 +115,16 @@ class StreamResponse(EngineResponse):
         await send({"type": "http.response.body", "body": b""})
 
     async def _send(self, send: Send, frames: bytes) -> None:
+        if not frames:
+            return
         if not self._is_started:
             self._is_started = True
             await self._start(
                 send,
+                self._answer_so_far.steered,
                 (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no"),
             )
             frames = self._answer_so_far.opening() + frames
-        if frames:
-            await send({"type": "http.response.body", "body": frames, "more_body": True})
+        await send({"type": "http.response.body", "body": frames, "more_body": True})

@@ -16,16 +16,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.config import Settings
+from server.config import PREFIX, Settings
 from server.engine.api import Engine
 from server.engine.types import EngineError
-from server.errors import ServerError, error_response
+from server.errors import ConfigError, ServerError, error_response
 from server.media import MediaLimits
 from server.middleware import ApiKey, BodyLimit, LoopbackHost, RequestContext
 from server.policy import Policy
 from server.routes import chat, models, status
 from server.services import BodyBudget, Services
 from server.vectors import VectorCatalogue
+from steering.errors import PlanError
 from steering.stores import Store, open_store
 
 log = logging.getLogger("deshift")
@@ -90,12 +91,20 @@ def build_engine(settings: Settings) -> Engine:
         kv_tokens=settings.kv_tokens,
         max_queue=settings.max_queue,
         prefill_chunk=settings.prefill_chunk,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+        vision_cache_bytes=settings.vision_cache_bytes,
+        decoder=settings.decoder,
     )
     return EmbeddedEngine(loaded, config)
 
 
 def build_services(settings: Settings, engine: Engine, store: Store) -> Services:
+    """Raises ConfigError for a schedule that the model has no layers for."""
     policy = Policy.from_settings(settings)
+    try:
+        policy.schedule.layers(engine.identity.num_layers)
+    except PlanError as error:
+        raise ConfigError(f"{PREFIX}SCHEDULE: {error}") from None
     return Services(
         settings=settings,
         policy=policy,
@@ -117,8 +126,8 @@ def build_services(settings: Settings, engine: Engine, store: Store) -> Services
 async def running(services: Services) -> AsyncIterator[None]:
     """Start engine and vectors; on leaving, drain and stop everything. Raises EngineError.
 
-    Vectors that are missing or wrong do not stop the start: /ready says so, image requests get
-    503, and a set that is activated later is taken up.
+    Vectors that are missing or wrong do not stop the start: /ready says so, requests that need
+    them get what `on_error` says, and a set that is activated later is taken up.
     """
     services.bridge.bind(asyncio.get_running_loop())
     try:

@@ -20,7 +20,9 @@ from pydantic import (
     model_validator,
 )
 
+from server.engine.types import OnError
 from server.errors import ConfigError
+from steering.corruption import Corruption
 from steering.errors import PlanError
 from steering.plan import Mode, Schedule
 
@@ -60,6 +62,18 @@ class Settings(BaseModel):
     )
     max_queue: int = Field(256, ge=1, description="Requests that may wait; beyond it 429.")
     prefill_chunk: int = Field(512, ge=1, description="Prompt tokens prefilled per step at most.")
+    prefix_cache_bytes: int = Field(
+        512 * MIB, ge=0, description="Keys and values of earlier prompts that are kept; 0: none."
+    )
+    vision_cache_bytes: int = Field(
+        64 * MIB, ge=0, description="Vision features of earlier pictures that are kept; 0: none."
+    )
+    decoder: Literal["auto", "eager", "fused"] = Field(
+        "auto",
+        description="How the language model is run: fused is this project's own pass for "
+        "Llama-like decoders, eager the model's own modules under hooks; auto picks fused where it "
+        "passes its check at start.",
+    )
 
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of one request.")
     drain_timeout_s: float = Field(
@@ -82,7 +96,9 @@ class Settings(BaseModel):
     max_n: int = Field(8, ge=1, description="Most choices (n) in one request.")
 
     steering_mode: Mode = Field(
-        "dataset", description="off or dataset; with dataset and no valid vectors: not ready."
+        "dataset",
+        description="off, dataset (a vector set's shift; without valid vectors: not ready) or "
+        "sample (each request's own shift, measured by two more prompts; needs no vectors).",
     )
     alpha: float = Field(1.0, ge=0, description="Strength; 0 is an exact no-op.")
     alpha_max: float = Field(2.0, ge=0, description="Largest alpha that any request may get.")
@@ -90,6 +106,16 @@ class Settings(BaseModel):
         "all", description="all, incremental, range:a-b, single:l or incremental:a-b."
     )
     vector_alias: str = Field("default", min_length=1, description="Name of the vector set.")
+    corruption: Corruption = Field(
+        "blank",
+        description="What mode sample replaces pictures by to measure their shift: blank, noise, "
+        "gray or mean-colour.",
+    )
+    on_error: OnError = Field(
+        "reject",
+        description="What happens to requests that are to be steered and cannot be (no valid "
+        "vectors; no shift measured): reject, or serve-unsteered, which the answer says.",
+    )
     client_override: ClientOverride | None = Field(
         None,
         description="What a request's steering field may change: none, strengthen or any; "
@@ -98,7 +124,8 @@ class Settings(BaseModel):
     max_relative_dose: float = Field(
         1.0,
         gt=0,
-        description="Cap of alpha * |Delta| / |h| at every layer: beyond it models babble.",
+        description="Cap of alpha * |Delta| / |h| at every layer, since models babble beyond it: "
+        "dataset refuses more, sample scales it down.",
     )
 
     cache: Path = Field(

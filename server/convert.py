@@ -13,6 +13,7 @@ from server.engine.types import (
     Finished,
     FinishReason,
     SamplingParams,
+    SteeringApplied,
     TextEvent,
     TokenLogprob,
 )
@@ -32,12 +33,13 @@ from server.replies import (
     ChoiceLogprobs,
     ChunkChoice,
     Delta,
-    SteeringReport,
+    PromptTokensDetails,
     TokenLogprobContent,
     TopLogprob,
     Usage,
 )
-from steering.plan import Schedule, SteeringPlan
+from server.steered import Steered
+from steering.plan import Schedule
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -93,31 +95,7 @@ def override_of(wire: SteeringOverride | None) -> Override | None:
     if wire is None:
         return None
     schedule = None if wire.schedule is None else Schedule.parse(wire.schedule)
-    return Override(mode=wire.mode, alpha=wire.alpha, schedule=schedule)
-
-
-def steering_header(plan: SteeringPlan) -> str:
-    """The value of x-deshift-steering."""
-    if not plan.is_active:
-        return f"mode=off; reason={plan.reason}"
-    return (
-        f"mode={plan.mode}; alpha={plan.alpha:g}; schedule={plan.schedule}; "
-        f"vector={plan.vector_id}; revision={plan.revision}"
-    )
-
-
-def steering_report(plan: SteeringPlan, max_dose: float, inject_s: float) -> SteeringReport:
-    return SteeringReport(
-        mode=plan.mode if plan.is_active else "off",
-        alpha=plan.alpha if plan.is_active else 0.0,
-        method=plan.method if plan.is_active else None,
-        schedule=str(plan.schedule) if plan.is_active else None,
-        vector=plan.vector_id if plan.is_active else None,
-        revision=plan.revision,
-        relative_dose=round(max_dose, 6),
-        overhead_ms=round(1000 * inject_s, 3) if plan.is_active else 0.0,
-        reason=plan.reason,
-    )
+    return Override(mode=wire.mode, alpha=wire.alpha, schedule=schedule, corruption=wire.corruption)
 
 
 @dataclass(frozen=True)
@@ -127,13 +105,8 @@ class AnswerHead:
     id: str
     created: int
     model: str
-    plan: SteeringPlan
-    max_dose: float
     num_choices: int
     with_logprobs: bool
-
-    def report(self, finished: Finished) -> SteeringReport:
-        return steering_report(self.plan, self.max_dose, finished.timings.inject_s)
 
 
 def usage_of(finished: Finished) -> Usage:
@@ -141,6 +114,7 @@ def usage_of(finished: Finished) -> Usage:
         prompt_tokens=finished.prompt_tokens,
         completion_tokens=finished.completion_tokens,
         total_tokens=finished.prompt_tokens + finished.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=finished.cached_tokens),
     )
 
 
@@ -152,15 +126,18 @@ class _ChoiceSoFar:
 
 
 class WholeAnswer:
-    """Collects one request's events into a chat.completion."""
+    """Collects one request's events into a chat.completion; `steered` follows them."""
 
-    def __init__(self, head: AnswerHead) -> None:
+    def __init__(self, head: AnswerHead, steered: Steered) -> None:
+        self.steered = steered
         self._head = head
         self._choices = [_ChoiceSoFar() for _ in range(head.num_choices)]
         self._finished: Finished | None = None
 
     def add(self, event: EngineEvent) -> None:
         match event:
+            case SteeringApplied():
+                self.steered = self.steered.after(event)
             case TextEvent():
                 self._choices[event.index].text.append(event.text)
                 self._choices[event.index].logprobs.extend(event.logprobs)
@@ -186,19 +163,20 @@ class WholeAnswer:
                 for index, choice in enumerate(self._choices)
             ],
             usage=usage_of(self._finished),
-            steering=self._head.report(self._finished),
+            steering=self.steered.report(self._finished.timings),
         )
         return answer.model_dump_json().encode()
 
 
 class StreamedAnswer:
-    """Turns one request's events into server-sent events.
+    """Turns one request's events into server-sent events; `steered` follows them.
 
     The chunk with a choice's finish_reason waits for the next event, so that without a usage
     chunk the last one can carry the steering report.
     """
 
-    def __init__(self, head: AnswerHead, include_usage: bool) -> None:
+    def __init__(self, head: AnswerHead, steered: Steered, include_usage: bool) -> None:
+        self.steered = steered
         self._head = head
         self._include_usage = include_usage
         self._held: ChatCompletionChunk | None = None
@@ -211,8 +189,10 @@ class StreamedAnswer:
         )
 
     def frames(self, event: EngineEvent) -> bytes:
-        """What `event` adds to the stream; nothing for a Failed."""
+        """What `event` adds to the stream; nothing for a SteeringApplied or a Failed."""
         match event:
+            case SteeringApplied():
+                self.steered = self.steered.after(event)
             case TextEvent():
                 return self._release() + _frame(self._chunk(self._text_choice(event)))
             case ChoiceFinished():
@@ -230,7 +210,7 @@ class StreamedAnswer:
         return choice
 
     def _closing(self, finished: Finished) -> bytes:
-        report = self._head.report(finished)
+        report = self.steered.report(finished.timings)
         if self._include_usage:
             last = self._chunk(None)
             last.usage, last.steering = usage_of(finished), report

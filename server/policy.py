@@ -7,18 +7,26 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from server.config import ClientOverride, Settings
+from server.engine.types import OnError
 from server.errors import InvalidRequestError, OverrideForbiddenError, UnavailableError
+from steering.corruption import Corruption
 from steering.plan import Mode, Reason, Schedule, SteeringPlan
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator decided; `client_override` says how far a request may depart from it."""
+    """What the operator decided.
+
+    `client_override` says how far a request may depart from it, `on_error` what happens to one
+    that is to be steered, by the policy or by its own wish, and cannot be.
+    """
 
     mode: Mode
     alpha: float
     schedule: Schedule
     vector_alias: str
+    corruption: Corruption
+    on_error: OnError
     client_override: ClientOverride
     alpha_max: float
     max_relative_dose: float
@@ -31,6 +39,8 @@ class Policy:
             alpha=settings.alpha,
             schedule=Schedule.parse(settings.schedule),
             vector_alias=settings.vector_alias,
+            corruption=settings.corruption,
+            on_error=settings.on_error,
             client_override=settings.client_override_in_force,
             alpha_max=settings.alpha_max,
             max_relative_dose=settings.max_relative_dose,
@@ -42,14 +52,21 @@ class Policy:
         return self.mode != "off" and self.alpha > 0
 
     @property
-    def in_force(self) -> tuple[Mode, float, Schedule] | None:
+    def needs_vectors(self) -> bool:
+        """Whether image requests are refused while there is no valid vector set."""
+        return self.is_active and self.mode == "dataset" and self.on_error == "reject"
+
+    @property
+    def in_force(self) -> tuple[Mode, float, Schedule, Corruption | None] | None:
         """What reaches the hidden states; None, equal for every spelling of nothing."""
-        return (self.mode, self.alpha, self.schedule) if self.is_active else None
+        corruption = self.corruption if self.mode == "sample" else None
+        return (self.mode, self.alpha, self.schedule, corruption) if self.is_active else None
 
     def __str__(self) -> str:
         if not self.is_active:
             return "mode=off"
-        return f"mode={self.mode}; alpha={self.alpha:g}; schedule={self.schedule}"
+        text = f"mode={self.mode}; alpha={self.alpha:g}; schedule={self.schedule}"
+        return f"{text}; corruption={self.corruption}" if self.mode == "sample" else text
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,7 @@ class Override:
     mode: Mode | None = None
     alpha: float | None = None
     schedule: Schedule | None = None
+    corruption: Corruption | None = None
 
 
 class HasId(Protocol):
@@ -73,9 +91,10 @@ def decide(
 ) -> SteeringPlan:
     """Fix the steering of one request, for its life.
 
-    Raises OverrideForbiddenError, InvalidRequestError (alpha out of bounds) and UnavailableError
-    (it would be steered and there are no vectors: never served unsteered instead). The dose's cap
-    travels in the plan and is checked where the vectors are (methods.row_delta).
+    Raises OverrideForbiddenError, InvalidRequestError (alpha out of bounds, a corruption where
+    nothing is measured with it) and UnavailableError (it would be steered by vectors, there are
+    none, and the policy does not say to serve it unsteered then). The dose's cap travels in the
+    plan and is applied where the shift is (steering/methods.py).
     """
     wanted = _permitted(policy, override or Override())
     if wanted.mode == "off":
@@ -84,20 +103,30 @@ def decide(
         return _unsteered(policy, "alpha-zero")
     if not has_images:
         return _unsteered(policy, "text-only")
-    if vectors is None:
-        raise UnavailableError(
-            f"requests with images are steered here, and there is no valid set of shift vectors "
-            f"under the alias {policy.vector_alias!r}; /ready says why",
-            code="vectors_unavailable",
-        )
+    vector_id = None
+    if wanted.mode == "dataset":
+        if vectors is None:
+            return _without_vectors(policy)
+        vector_id = vectors.id
     return SteeringPlan(
         mode=wanted.mode,
         alpha=wanted.alpha,
         schedule=wanted.schedule,
-        vector_id=vectors.id,
+        vector_id=vector_id,
+        corruption=wanted.corruption,
         max_relative_dose=policy.max_relative_dose,
         revision=policy.revision,
         reason=None,
+    )
+
+
+def _without_vectors(policy: Policy) -> SteeringPlan:
+    if policy.on_error == "serve-unsteered":
+        return _unsteered(policy, "vectors-unavailable")
+    raise UnavailableError(
+        "this request is to be steered by shift vectors, and there is no valid set of them under "
+        f"the alias {policy.vector_alias!r}; /ready says why",
+        code="vectors_unavailable",
     )
 
 
@@ -112,12 +141,19 @@ def _permitted(policy: Policy, override: Override) -> Policy:
         mode=policy.mode if override.mode is None else override.mode,
         alpha=policy.alpha if override.alpha is None else override.alpha,
         schedule=policy.schedule if override.schedule is None else override.schedule,
+        corruption=policy.corruption if override.corruption is None else override.corruption,
     )
     if wanted.alpha < 0 or wanted.alpha > policy.alpha_max:
         raise InvalidRequestError(
             f"steering.alpha {wanted.alpha:g} is outside 0..{policy.alpha_max:g} "
             "(the operator's alpha_max)",
             param="steering.alpha",
+        )
+    if override.corruption is not None and wanted.mode == "dataset":
+        raise InvalidRequestError(
+            "steering.corruption has no effect in mode dataset, where the vector set was made "
+            "with a corruption of its own: leave it out, or ask for mode sample",
+            param="steering.corruption",
         )
     if policy.client_override == "any" or wanted.in_force == policy.in_force:
         return wanted
@@ -126,11 +162,9 @@ def _permitted(policy: Policy, override: Override) -> Policy:
             "this server's policy does not let requests change the steering "
             f"(client_override is 'none'; in force: {policy})"
         )
-    if (wanted.mode, wanted.schedule) != (policy.mode, policy.schedule) or (
-        wanted.alpha < policy.alpha
-    ):
+    if wanted.alpha < policy.alpha or wanted != replace(policy, alpha=wanted.alpha):
         raise OverrideForbiddenError(
-            "this server's policy lets requests only raise alpha, in the same mode and schedule "
+            "this server's policy lets requests only raise alpha and change nothing else "
             f"(client_override is 'strengthen'; in force: {policy}; asked: {wanted})"
         )
     return wanted

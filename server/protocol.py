@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from server.errors import InvalidRequestError
+from steering.corruption import Corruption
 from steering.errors import PlanError
 from steering.plan import Mode, Schedule
 
@@ -166,6 +167,7 @@ class SteeringOverride(Wire):
     mode: Mode | None = None
     alpha: Annotated[float, Field(ge=0)] | None = None
     schedule: str | None = None
+    corruption: Corruption | None = None
 
     @field_validator("schedule")
     @classmethod

@@ -23,23 +23,37 @@ class ChoiceLogprobs(BaseModel):
     refusal: None = None
 
 
+class PromptTokensDetails(BaseModel):
+    """`cached_tokens`: how many of the prompt's tokens the prefix cache had."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class SteeringReport(BaseModel):
-    """What was done to this answer; `reason` says why nothing, and is null when something was."""
+    """What was done to this answer; `reason` says why nothing, and is null when something was.
+
+    `vector` is null at sample level, `corruption` everywhere else. `overhead_ms` is the time that
+    steering took of this request: `shift_ms`, for measuring its own shift, and the subtracting. A
+    shift that could not be measured has cost its time too.
+    """
 
     mode: str
     alpha: float
     method: str | None
     schedule: str | None
     vector: str | None
+    corruption: str | None
     revision: int
     relative_dose: float
     overhead_ms: float
+    shift_ms: float
     reason: str | None
 
 

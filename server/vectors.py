@@ -55,8 +55,8 @@ class VectorCatalogue:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every request that the policy would steer can be steered."""
-        return self._active is not None or not self._policy.is_active
+        """Whether no request is refused for want of vectors, unless it asks for them itself."""
+        return self._active is not None or not self._policy.needs_vectors
 
     def refresh(self) -> None:
         """Follow the alias; on any failure keep the last good set and remember why. Blocks."""
@@ -83,11 +83,15 @@ class VectorCatalogue:
     def steering(self, plan: SteeringPlan, vectors: ShiftVectors | None) -> RowSteering:
         """What `plan`, made with `vectors`, subtracts; cached by fingerprint. Event loop only.
 
-        Raises PlanError when the dose is over the plan's cap or a layer does not exist.
+        A sample plan's delta is yet to be measured: it is None here. Raises PlanError when the
+        dose is over a dataset plan's cap or a layer does not exist.
         """
         if not plan.is_active:
             return RowSteering()
-        assert vectors is not None, "an active plan was made with vectors"
+        if plan.mode == "sample":
+            plan.schedule.layers(self._identity.num_layers)  # raises now, not in the engine
+            return RowSteering()
+        assert vectors is not None, "a dataset plan was made with vectors"
         cached = self._rows.get(plan.fingerprint)
         if cached is None:
             delta = row_delta(plan, vectors)
@@ -109,7 +113,7 @@ class VectorCatalogue:
         vectors = self._store.get_vectors(vector_id)
         vectors.check(self._identity)
         plan = decide(self._policy, None, has_images=True, vectors=vectors)
-        if plan.is_active:
+        if plan.mode == "dataset":
             row_delta(plan, vectors)  # raises when the policy's own dose is over its cap
         return vectors
 

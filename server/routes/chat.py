@@ -5,6 +5,7 @@ One deadline, set on arrival, holds for all of it.
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -16,14 +17,8 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from server.answers import StreamResponse, WholeResponse
-from server.convert import (
-    AnswerHead,
-    engine_messages,
-    override_of,
-    sampling_params,
-    steering_header,
-)
-from server.engine.types import EngineInputs, EngineRequest, QueueFullError
+from server.convert import AnswerHead, engine_messages, override_of, sampling_params
+from server.engine.types import EngineInputs, EngineRequest, PairError, QueueFullError
 from server.errors import InvalidRequestError, RequestTimeoutError
 from server.generation import ClientLeftError, Generation, until_left
 from server.media import decode_images
@@ -32,10 +27,12 @@ from server.policy import decide
 from server.protocol import ChatCompletionRequest, parse_chat
 from server.routes.models import check_model
 from server.services import Services, services_of
+from server.steered import Steered
 from server.vectors import RowSteering
 from steering.errors import PlanError
 from steering.plan import SteeringPlan
 
+log = logging.getLogger("deshift.steering")
 router = APIRouter()
 
 
@@ -49,8 +46,10 @@ async def create_chat_completion(request: Request) -> Response:
         check_model(services, wire.model)
         _check_num_choices(services, wire)
         plan, steering = _steering(services, wire)
-        record.steering = steering_header(plan).replace(" ", "")
-        inputs = await _prepared(services, wire, request.receive)
+        record.steering = Steered(plan).log_value
+        inputs, plan = await _prepared(services, wire, plan, request.receive)
+    if plan.reason == "shift-failed":  # why is not logged: templates put conversations into errors
+        log.warning("request_id=%s unsteered: its two prompts cannot be made", record.request_id)
     body_share_of(request.scope).release()
     generation = Generation(services.engine, services.bridge)
     engine_request = EngineRequest(
@@ -61,20 +60,24 @@ async def create_chat_completion(request: Request) -> Response:
         delta=steering.delta,
         emit=generation.emit,
         timeout_s=deadline - time.monotonic(),
+        on_error=services.policy.on_error,
     )
-    head = AnswerHead(
+    head = _head(wire, engine_request)
+    steered = Steered(plan, steering.max_dose)
+    if not wire.stream:
+        return WholeResponse(generation, engine_request, record, head, steered)
+    include_usage = bool(wire.stream_options and wire.stream_options.include_usage)
+    return StreamResponse(generation, engine_request, record, head, steered, include_usage)
+
+
+def _head(wire: ChatCompletionRequest, engine_request: EngineRequest) -> AnswerHead:
+    return AnswerHead(
         id=engine_request.request_id,
         created=int(time.time()),
         model=wire.model,
-        plan=plan,
-        max_dose=steering.max_dose,
         num_choices=engine_request.params.n,
         with_logprobs=bool(wire.logprobs),
     )
-    if not wire.stream:
-        return WholeResponse(generation, engine_request, head, record)
-    include_usage = bool(wire.stream_options and wire.stream_options.include_usage)
-    return StreamResponse(generation, engine_request, head, record, include_usage)
 
 
 def _refuse_overload(services: Services) -> None:
@@ -121,15 +124,15 @@ def _steering(services: Services, wire: ChatCompletionRequest) -> tuple[Steering
 
 
 async def _prepared(
-    services: Services, wire: ChatCompletionRequest, client: Receive
-) -> EngineInputs:
-    """Pictures and prompt, made in the pool.
+    services: Services, wire: ChatCompletionRequest, plan: SteeringPlan, client: Receive
+) -> tuple[EngineInputs, SteeringPlan]:
+    """Pictures and prompt, made in the pool, and the plan that can be followed with them.
 
     What the pool has not begun when the deadline passes or the client leaves is never begun.
     Raises ClientLeftError.
     """
     loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(services.pool, _prepare, services, wire)
+    work = loop.run_in_executor(services.pool, _prepare, services, wire, plan)
     left = asyncio.create_task(until_left(client))
     try:
         either: set[asyncio.Future[Any]] = {work, left}
@@ -142,6 +145,15 @@ async def _prepared(
         left.cancel()
 
 
-def _prepare(services: Services, wire: ChatCompletionRequest) -> EngineInputs:
+def _prepare(
+    services: Services, wire: ChatCompletionRequest, plan: SteeringPlan
+) -> tuple[EngineInputs, SteeringPlan]:
+    """Without its pair of prompts the request goes on unsteered if the policy says so."""
     images = decode_images(wire.image_urls, services.media_limits)
-    return services.engine.prepare(engine_messages(wire.messages), images)
+    messages, engine = engine_messages(wire.messages), services.engine
+    try:
+        return engine.prepare(messages, images, plan.corruption_in_force), plan
+    except PairError:
+        if services.policy.on_error == "reject":
+            raise
+    return engine.prepare(messages, images), plan.unsteered("shift-failed")

@@ -5,6 +5,7 @@ Beside it what tests of the HTTP layer build again and again: identities, vector
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -21,9 +22,14 @@ from server.engine.types import (
     Failed,
     Finished,
     NotAcceptingError,
+    PairError,
+    Prompt,
     RequestTimings,
+    ShiftPair,
+    SteeringApplied,
     TextEvent,
 )
+from steering.corruption import Corruption
 from steering.models import ModelIdentity
 from steering.vectors import Manifest, ShiftVectors
 
@@ -31,23 +37,38 @@ NUM_LAYERS, HIDDEN_SIZE = 3, 4
 TIMINGS = RequestTimings(
     queue_s=0.001, prefill_s=0.002, time_to_first_token_s=0.003, e2e_s=0.01, inject_s=0.0005
 )
+SHIFT_S = 0.002  # what measuring a request's own shift takes
+SAMPLE_DOSE = 0.125  # and the dose that it comes to
+CACHED_TOKENS = 1  # of every prompt
 Step = EngineEvent | threading.Event
 Script = Callable[[EngineRequest], Iterable[Step]]
 
 
-def says(*pieces: str, reason: str = "stop") -> Script:
-    """Every choice says `pieces`; an Event among them holds the script until it is set."""
+def says(*pieces: str, reason: str = "stop", shift_failure: str | None = None) -> Script:
+    """Every choice says `pieces`; an Event among them holds the script until it is set.
+
+    Before them comes what the sample level came to, where it is asked for; with `shift_failure`
+    the request goes on unsteered or fails, as its `on_error` says.
+    """
 
     def script(request: EngineRequest) -> Iterator[Step]:
+        is_sample = request.inputs.pair is not None
+        if is_sample and shift_failure is not None and request.on_error == "reject":
+            yield Failed("engine", shift_failure)
+            return
+        if is_sample:
+            dose = SAMPLE_DOSE if shift_failure is None else 0.0
+            yield SteeringApplied(dose, failure=shift_failure)
         for piece in pieces:
             for index in range(request.params.n):
                 yield TextEvent(index, piece)
         for index in range(request.params.n):
             yield ChoiceFinished(index, "length" if reason == "length" else "stop")
         yield Finished(
-            prompt_tokens=len(request.inputs.token_ids),
+            prompt_tokens=len(request.inputs.prompt),
             completion_tokens=len(pieces) * request.params.n,
-            timings=TIMINGS,
+            timings=replace(TIMINGS, shift_s=SHIFT_S if is_sample else 0.0),
+            cached_tokens=CACHED_TOKENS,
         )
 
     return script
@@ -64,9 +85,11 @@ class FakeEngine:
         self.script = script or says("Hello", " there", "!")
         self.requests: list[EngineRequest] = []
         self.prompts: list[tuple[Sequence[dict[str, Any]], Sequence[Image.Image]]] = []
+        self.corruptions: list[Corruption | None] = []  # what prepare was asked for, in order
         self.cancelled: list[str] = []
         self.refusal: EngineError | None = None  # what submit or prepare raises
         self.prepare_error: Exception | None = None
+        self.pair_error: PairError | None = None  # what prepare raises where a pair is asked for
         self.prepare_gate: threading.Event | None = None  # what prepare waits for
         self.start_error: EngineError | None = None
         self.max_model_len = 100
@@ -80,22 +103,25 @@ class FakeEngine:
         return len(self._running)
 
     def prepare(
-        self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[Image.Image],
+        corruption: Corruption | None = None,
     ) -> EngineInputs:
         """A token a character, and ten an image."""
+        self.corruptions.append(corruption)
         if self.prepare_error is not None:
             raise self.prepare_error
+        if self.pair_error is not None and corruption is not None:
+            raise self.pair_error
         self.prompts.append((messages, images))
         if self.prepare_gate is not None:
             assert self.prepare_gate.wait(10)
         texts = [part.get("text", "") for message in messages for part in message["content"]]
-        length = sum(map(len, texts)) + 10 * len(images)
-        return EngineInputs(
-            token_ids=tuple(range(length)),
-            image_tensors={"pixel_values": torch.zeros(1)} if images else {},
-            position_ids=torch.arange(length)[None],
-            next_position=length,
-        )
+        text_len = sum(map(len, texts))
+        prompt = make_prompt(text_len + 10 * len(images))
+        pair = None if corruption is None else ShiftPair(prompt, make_prompt(text_len))
+        return EngineInputs(prompt, pair)
 
     def submit(self, request: EngineRequest) -> None:
         if self.refusal is not None:
@@ -133,6 +159,12 @@ class FakeEngine:
         self.state = "stopped"
 
     def _play(self, request: EngineRequest, cancelled: threading.Event) -> None:
+        try:
+            self._play_script(request, cancelled)
+        except Exception as error:  # a mistake in a script must not leave its test waiting
+            self._end(request, Failed("engine", f"the test's script: {error!r}"))
+
+    def _play_script(self, request: EngineRequest, cancelled: threading.Event) -> None:
         for step in self.script(request):
             while isinstance(step, threading.Event) and not step.wait(0.002):
                 if cancelled.is_set():
@@ -149,6 +181,10 @@ class FakeEngine:
     def _end(self, request: EngineRequest, event: EngineEvent) -> None:
         del self._running[request.request_id]
         request.emit(event)
+
+
+def make_prompt(length: int) -> Prompt:
+    return Prompt(tuple(range(length)), (), torch.arange(length)[None], next_position=length)
 
 
 def make_identity(**changes: Any) -> ModelIdentity:

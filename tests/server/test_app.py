@@ -8,10 +8,11 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.config import Settings
-from server.errors import ServerError
+from server.errors import ConfigError, ServerError
 from steering.models import ModelIdentity
 from steering.stores import open_store
-from tests.server.fakes import chat_body, make_identity, make_vectors
+from tests.server.conftest import make_settings
+from tests.server.fakes import FakeEngine, chat_body, make_identity, make_vectors
 from tests.tiny_models import TinyModel
 
 PATH = "/v1/chat/completions"
@@ -68,6 +69,35 @@ def test_a_picture_goes_in_and_a_steered_answer_comes_out(real: TestClient) -> N
     assert real.post(PATH, json=body | {"stream": True}).text.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("decoder", ["eager", "fused"])
+@pytest.mark.parametrize("cache_bytes", [0, 2**24])
+def test_the_sample_level_needs_no_vectors_and_the_caches_have_their_budgets(
+    checkpoint: Path, tmp_path: Path, decoder: str, cache_bytes: int
+) -> None:
+    settings = settings_for(
+        checkpoint,
+        tmp_path,
+        steering_mode="sample",
+        max_relative_dose=0.01,
+        decoder=decoder,
+        prefix_cache_bytes=cache_bytes,
+        vision_cache_bytes=cache_bytes,
+    )
+    question = "What is in this picture, and what is beside it? " * 4
+    body = chat_body(question, images=1, temperature=0, max_tokens=3, ignore_eos=True)
+    with TestClient(create_app(settings), "http://127.0.0.1") as client:
+        assert client.get("/ready").status_code == 200
+        first, second = (client.post(PATH, json=body) for _ in range(2))
+    assert first.headers["x-deshift-steering"] == (
+        "mode=sample; alpha=0.5; schedule=all; corruption=blank; revision=0"
+    )
+    steering = first.json()["steering"]
+    assert steering["relative_dose"] == pytest.approx(0.01, rel=1e-3), "scaled down to the cap"
+    assert 0 < steering["shift_ms"] <= steering["overhead_ms"]
+    cached_tokens = second.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert (cached_tokens > 0) == (cache_bytes > 0)
+
+
 def test_a_request_that_can_never_fit_names_both_lengths(real: TestClient) -> None:
     limit = real.app.state.services.engine.max_model_len  # type: ignore[attr-defined]
     response = real.post(PATH, json=chat_body("Hi", max_tokens=limit))
@@ -99,6 +129,14 @@ def test_vectors_for_another_model_leave_the_server_up_and_not_ready(
 def test_the_context_is_at_most_the_models_own(checkpoint: Path, tmp_path: Path) -> None:
     app = create_app(settings_for(checkpoint, tmp_path, max_model_len=10**9, steering_mode="off"))
     assert app.state.services.engine.max_model_len < 10**6
+
+
+@pytest.mark.parametrize("mode", ["off", "dataset", "sample"])
+def test_a_schedule_beyond_the_models_layers_stops_the_start(mode: str) -> None:
+    """At sample level every request would have been blamed for it."""
+    settings = make_settings(steering_mode=mode, schedule="single:99")
+    with pytest.raises(ConfigError, match="DESHIFT_SCHEDULE.* layer 99; the model has 3"):
+        create_app(settings, engine=FakeEngine())
 
 
 def test_without_a_model_there_is_nothing_to_build(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ def test_defaults_are_a_loopback_server_that_steers_and_lets_a_newcomer_try_alph
     settings = Settings.from_env({})
     assert (settings.host, settings.port, settings.steering_mode) == ("127.0.0.1", 8000, "dataset")
     assert settings.client_override_in_force == "any"
+    assert (settings.on_error, settings.corruption) == ("reject", "blank")
+    assert (settings.prefix_cache_bytes, settings.vision_cache_bytes) == (2**29, 2**26)
+    assert settings.decoder == "auto"
 
 
 def test_every_setting_is_described() -> None:
@@ -36,6 +39,10 @@ def test_the_environment_is_read_by_name_and_flags_win() -> None:
         ({"DESHIFT_ALPHA": "3"}, ["DESHIFT_ALPHA 3", "DESHIFT_ALPHA_MAX 2"]),
         ({"DESHIFT_SCHEDULE": "range:5-2"}, ["DESHIFT_SCHEDULE", "range:5-2"]),
         ({"DESHIFT_CLIENT_OVERRIDE": "all"}, ["DESHIFT_CLIENT_OVERRIDE", "strengthen"]),
+        ({"DESHIFT_CORRUPTION": "black"}, ["DESHIFT_CORRUPTION", "mean-colour"]),
+        ({"DESHIFT_ON_ERROR": "ignore"}, ["DESHIFT_ON_ERROR", "serve-unsteered"]),
+        ({"DESHIFT_DECODER": "fast"}, ["DESHIFT_DECODER", "fused"]),
+        ({"DESHIFT_PREFIX_CACHE_BYTES": "-1"}, ["DESHIFT_PREFIX_CACHE_BYTES", "-1"]),
         ({"DESHIFT_APLHA": "1"}, ["DESHIFT_APLHA", "did you mean DESHIFT_ALPHA?"]),
         ({"DESHIFT_API_KEY": ""}, ["DESHIFT_API_KEY"]),
         ({"DESHIFT_API_KEY": "käse"}, ["DESHIFT_API_KEY", "ASCII"]),
@@ -77,7 +84,7 @@ def test_settings_are_frozen_and_do_not_show_the_key() -> None:
         settings.alpha = 0.0
 
 
-@pytest.mark.parametrize("changes", [{"unknown": 1}, {"max_rows": 0}, {"steering_mode": "sample"}])
+@pytest.mark.parametrize("changes", [{"unknown": 1}, {"max_rows": 0}, {"steering_mode": "every"}])
 def test_the_constructor_refuses_what_the_environment_may_not_hold(changes: Any) -> None:
     with pytest.raises(ConfigError, match=f"DESHIFT_{next(iter(changes)).upper()}"):
         Settings(**changes)

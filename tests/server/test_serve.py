@@ -15,13 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-from server.engine.types import EngineError, TextEvent
+from server.engine.types import EngineError, EngineInputs, TextEvent
 from server.errors import ServerError, StartupError
 from server.serve import listening_socket, serve
 from steering.errors import SteeringError
 from steering.stores import MemoryStore
 from tests.server.conftest import LiveServer, live_server, make_settings, wait_until
-from tests.server.fakes import FakeEngine, chat_body, plays, says
+from tests.server.fakes import FakeEngine, chat_body, make_prompt, plays, says
 
 PATH = "/v1/chat/completions"
 ROOT = Path(__file__).parent.parent.parent
@@ -87,7 +87,7 @@ def test_tokens_arrive_as_they_are_made(live: LiveServer, fake_engine: FakeEngin
 def _one_choice() -> Any:
     from types import SimpleNamespace
 
-    return SimpleNamespace(params=SimpleNamespace(n=1), inputs=SimpleNamespace(token_ids=(1, 2, 3)))
+    return SimpleNamespace(params=SimpleNamespace(n=1), inputs=EngineInputs(make_prompt(3)))
 
 
 def test_nothing_is_lost_between_a_fast_engine_and_a_slow_reader(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from server.policy import Override, Policy, decide
-from server.vectors import VectorCatalogue
+from server.vectors import RowSteering, VectorCatalogue
 from steering.errors import PlanError, StoreError
+from steering.plan import Schedule
 from steering.stores import MemoryStore
 from steering.vectors import ShiftVectors
 from tests.server.conftest import make_settings
@@ -70,6 +71,34 @@ def test_steering_off_is_ready_without_vectors(store: BreakableStore) -> None:
     catalogue = make_catalogue(store, steering_mode="off")
     catalogue.refresh()
     assert catalogue.is_ready
+
+
+def test_the_sample_level_is_ready_without_vectors_and_takes_them_up_undosed(
+    store: BreakableStore,
+) -> None:
+    """A cap that the policy's alpha would break with these vectors is no reason to refuse them."""
+    catalogue = make_catalogue(store, steering_mode="sample", max_relative_dose=0.05)
+    catalogue.refresh()
+    assert catalogue.is_ready and catalogue.active is None
+    vector_id = publish(store)
+    catalogue.refresh()
+    assert (active_id(catalogue), catalogue.problem) == (vector_id, None)
+
+
+def test_a_sample_plan_has_no_delta_yet_and_a_schedule_that_fits(store: BreakableStore) -> None:
+    catalogue = make_catalogue(store, steering_mode="sample")
+    policy = Policy.from_settings(make_settings(steering_mode="sample", client_override="any"))
+    plan = decide(policy, None, has_images=True, vectors=None)
+    assert catalogue.steering(plan, None) == RowSteering()
+    beyond = decide(policy, Override(schedule=Schedule.parse("single:3")), True, None)
+    with pytest.raises(PlanError, match="names layer 3; the model has 3"):
+        catalogue.steering(beyond, None)
+
+
+def test_who_serves_unsteered_without_vectors_is_ready_without_them(store: BreakableStore) -> None:
+    catalogue = make_catalogue(store, on_error="serve-unsteered")
+    catalogue.refresh()
+    assert catalogue.is_ready and "no alias 'default'" in str(catalogue.problem)
 
 
 def test_a_set_for_another_model_is_refused_and_the_last_good_one_stays(

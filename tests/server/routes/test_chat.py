@@ -27,6 +27,12 @@ from tests.server.conftest import wait_until
 from tests.server.fakes import TIMINGS, FakeEngine, chat_body, data_url, make_vectors, plays, says
 
 PATH = "/v1/chat/completions"
+USAGE = {
+    "prompt_tokens": 2,
+    "completion_tokens": 3,
+    "total_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 1},
+}
 
 
 def chunks_of(text: str) -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ def test_an_answer_has_openais_shape(client: TestClient) -> None:
             "finish_reason": "stop",
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert body["usage"] == USAGE
 
 
 def test_a_text_prompt_is_never_steered_and_the_answer_says_so(
@@ -76,9 +82,11 @@ def test_an_image_prompt_is_steered_by_the_policy(
         "method": "subtract",
         "schedule": "all",
         "vector": vectors.id,
+        "corruption": None,
         "revision": 0,
         "relative_dose": 0.075,  # 0.5 * 1.5 / 10 at the last layer
         "overhead_ms": 0.5,
+        "shift_ms": 0.0,
         "reason": None,
     }
     delta = fake_engine.requests[0].delta
@@ -121,7 +129,7 @@ def test_include_usage_gives_null_in_each_chunk_and_one_more_without_choices(
     chunks = chunks_of(client.post(PATH, json=body).text)
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert chunks[-1]["usage"] == USAGE
     without = chunks_of(client.post(PATH, json=chat_body("Hi", stream=True)).text)
     assert not any("usage" in chunk for chunk in without)
 
@@ -393,6 +401,7 @@ def test_where_any_override_is_allowed_alpha_is_the_clients(
     zero = client.post(PATH, json=chat_body(images=1, steering={"alpha": 0}))
     assert zero.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero"
     assert [request.delta is None for request in fake_engine.requests] == [False, True, True]
+    assert fake_engine.corruptions == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -402,7 +411,11 @@ def test_where_any_override_is_allowed_alpha_is_the_clients(
         ({"alpha": -1}, ["greater than or equal to 0"]),
         ({"schedule": "single:3"}, ["layer 3", "has 3"]),
         ({"schedule": "sometimes"}, ["sometimes", "incremental"]),
-        ({"mode": "sample"}, ["'off'"]),
+        ({"mode": "samples"}, ["'off'", "'sample'"]),
+        ({"mode": "sample", "schedule": "single:3"}, ["layer 3", "has 3"]),
+        ({"mode": "sample", "corruption": "black"}, ["'blank'", "'mean-colour'"]),
+        ({"mode": "sample", "corruption": 1}, ["'blank'"]),
+        ({"corruption": "noise"}, ["no effect in mode dataset"]),
         ({"alfa": 1}, ["not supported"]),
         ("off", ["object"]),
         ({"alpha": True}, ["number"]),
@@ -440,6 +453,18 @@ def test_without_vectors_image_requests_are_refused_and_text_is_served(
     assert not fake_engine.requests
     assert client.post(PATH, json=chat_body()).status_code == 200
     assert client.get("/ready").status_code == 503
+
+
+def test_without_vectors_an_operator_may_choose_to_serve_unsteered_and_the_answer_says_so(
+    client_for: Callable[..., TestClient], fake_engine: FakeEngine
+) -> None:
+    client = client_for(vector_alias="missing", on_error="serve-unsteered")
+    response = client.post(PATH, json=chat_body(images=1))
+    assert response.headers["x-deshift-steering"] == "mode=off; reason=vectors-unavailable"
+    assert response.json()["steering"]["reason"] == "vectors-unavailable"
+    assert fake_engine.requests[0].delta is None
+    ready = client.get("/ready")
+    assert ready.status_code == 200 and "missing" in ready.json()["steering"]["problem"]
 
 
 # ------------------------------------------------------------------------------- time and memory

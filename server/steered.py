@@ -1,0 +1,65 @@
+"""What was done to one answer, and how its header and its `steering` object say it. Pure.
+
+Does not decide it (policy.py) nor send it (answers.py).
+"""
+
+from dataclasses import dataclass, replace
+
+from server.engine.types import RequestTimings, SteeringApplied
+from server.replies import SteeringReport
+from steering.plan import SteeringPlan
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The plan in force and the largest |delta_l| / |h_l| over the layers.
+
+    Known at admission, except at sample level, where the engine's SteeringApplied brings the dose
+    or, under `serve-unsteered`, says that nothing is subtracted after all.
+    """
+
+    plan: SteeringPlan
+    relative_dose: float = 0.0
+
+    def after(self, event: SteeringApplied) -> "Steered":
+        if event.failure is not None:
+            return Steered(self.plan.unsteered("shift-failed"))
+        return replace(self, relative_dose=event.relative_dose)
+
+    @property
+    def header(self) -> str:
+        """The value of x-deshift-steering."""
+        plan = self.plan
+        if not plan.is_active:
+            return f"mode=off; reason={plan.reason}"
+        source = (
+            f"vector={plan.vector_id}"
+            if plan.corruption_in_force is None
+            else f"corruption={plan.corruption_in_force}"
+        )
+        return (
+            f"mode={plan.mode}; alpha={plan.alpha:g}; schedule={plan.schedule}; {source}; "
+            f"revision={plan.revision}"
+        )
+
+    @property
+    def log_value(self) -> str:
+        """The same in the log line of the request, which separates its values by spaces."""
+        return self.header.replace(" ", "")
+
+    def report(self, timings: RequestTimings) -> SteeringReport:
+        plan = self.plan
+        inject_s = timings.inject_s if plan.is_active else 0.0
+        return SteeringReport(
+            mode=plan.mode if plan.is_active else "off",
+            alpha=plan.alpha if plan.is_active else 0.0,
+            method=plan.method if plan.is_active else None,
+            schedule=str(plan.schedule) if plan.is_active else None,
+            vector=plan.vector_id if plan.is_active else None,
+            corruption=plan.corruption_in_force,
+            revision=plan.revision,
+            relative_dose=round(self.relative_dose, 6),
+            overhead_ms=round(1000 * (inject_s + timings.shift_s), 3),
+            shift_ms=round(1000 * timings.shift_s, 3),
+            reason=plan.reason,
+        )
