@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.engine.cache import PromptCache, RowCache
+from server.engine.cache import PromptCache, Slab
 from steering.plan import SteeringPlan
 
 
@@ -50,32 +50,39 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Rows:
-    """One token of each of B rows: embeds (B, D), positions (P, B), lengths (B,) before it.
-
-    deltas (L, B, D): what each row subtracts, in the decoder's steering dtype, zero for rows that
-    are not steered; None when none is.
-    """
+    """One token of each of the B rows of a slab: embeds (B, D), positions (P, B), lengths (B,)
+    before it, of which `longest` is the largest."""
 
     embeds: Tensor
     positions: Tensor
-    cache: RowCache
+    slab: Slab
     lengths: Tensor
     longest: int
-    deltas: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks and rows of one pass; either may be absent, not both."""
+    """Chunks and slabs of rows of one pass; either may be absent, not both.
+
+    deltas (L, rows, D): what the rows of all slabs, in order, subtract, in the decoder's steering
+    dtype, zero for rows that are not steered; None when none is.
+    """
 
     chunks: tuple[Chunk, ...] = ()
-    rows: Rows | None = None
+    slabs: tuple[Rows, ...] = ()
+    deltas: Tensor | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return sum(len(chunk) for chunk in self.chunks) + (
-            0 if self.rows is None else len(self.rows.embeds)
-        )
+    def embeds(self) -> Tensor:
+        """(N, D): of all tokens, the chunks' before the rows'."""
+        parts = [chunk.embeds for chunk in self.chunks] + [rows.embeds for rows in self.slabs]
+        return torch.cat(parts)
+
+    @property
+    def positions(self) -> Tensor:
+        """(P, N)."""
+        parts = [chunk.positions for chunk in self.chunks]
+        return torch.cat(parts + [rows.positions for rows in self.slabs], dim=-1)
 
 
 @dataclass
@@ -97,7 +104,7 @@ class Decoder(Protocol):
     """Runs the language model's layers under steering; owns no request state."""
 
     num_layers: int
-    steering_dtype: torch.dtype  # of Rows.deltas
+    steering_dtype: torch.dtype  # of Batch.deltas
 
     def run(self, batch: Batch) -> Output: ...
 

@@ -4,9 +4,12 @@ Both are what a transformers attention layer calls: `update(key, value, layer)`;
 positions are the decoder's. What may be shared between requests is prefix.py's.
 """
 
+import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,62 +65,27 @@ class PromptCache:
         return keys[None], values[None]
 
 
-class RowCache:
-    """The KV of the running rows 0..B-1, one slab: (L, rows, 2, H, length, Dh).
+class Slab:
+    """The KV of rows of one length class: (L, capacity, 2, H, length, Dh), dense from row 0 on.
 
-    A step attends over the longest running row only. The slab is reallocated when it must grow
-    and dropped when no row is left, so it never exceeds what admission allowed (a prompt that is
-    being prefilled has its own cache beside it). Beyond a row's tokens lies what earlier rows
-    left, finite and masked: a masked position still multiplies its value by zero.
+    Beyond a row's tokens lies what earlier rows left, finite and masked: a masked position still
+    multiplies its value by zero.
     """
 
-    LENGTH_STEP = 64
-
-    def __init__(self, shape: KVShape) -> None:
+    def __init__(self, shape: KVShape, length: int, capacity: int = 1) -> None:
         self._shape = shape
-        self.release()
+        self.length = length
+        self.kv = self._zeros(capacity)
+        self._write: tuple[Tensor, Tensor] | None = None
+        self._live = 0
 
-    @classmethod
-    def footprint(cls, num_rows: int, length: int) -> int:
-        """Tokens of memory that `num_rows` rows of up to `length` tokens take."""
-        return num_rows * -(-length // cls.LENGTH_STEP) * cls.LENGTH_STEP
-
-    @classmethod
-    def longest(cls, num_rows: int, num_tokens: int) -> int:
-        """The longest rows of which `num_rows` fit into `num_tokens` tokens of memory."""
-        return num_tokens // num_rows // cls.LENGTH_STEP * cls.LENGTH_STEP
-
-    @property
-    def size(self) -> int:
-        """Tokens of memory that the slab takes."""
-        return self._kv.shape[1] * self._kv.shape[4]
-
-    def release(self) -> None:
-        """Forget everything."""
-        self._kv = self._slab(0, 0)
-
-    def fit(self, num_rows: int, length: int) -> None:
-        """Make room for `num_rows` rows of `length` tokens, keeping what is there."""
-        rows, room = self._kv.shape[1], self._kv.shape[4]
-        length = self.footprint(1, length)
-        if num_rows <= rows and length <= room:
-            return
-        grown = self._slab(num_rows, length)
-        rows, room = min(rows, num_rows), min(room, length)
-        grown[:, :rows, :, :, :room] = self._kv[:, :rows, :, :, :room]
-        self._kv = grown
-
-    def insert(self, row: int, prompt: PromptCache) -> None:
-        """Copy a prompt's KV into a row."""
-        self._kv[:, row, :, :, : prompt.length] = prompt.kv
-
-    def scrub(self, row: int) -> None:
-        """Zero a row that holds NaN: the row that comes after it would see it through the mask."""
-        self._kv[:, row] = 0.0
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one row over another."""
-        self._kv[:, target, :, :, :length] = self._kv[:, source, :, :, :length]
+    def fit(self, num_rows: int) -> None:
+        """Make room for `num_rows` rows, keeping what is there."""
+        capacity = self.kv.shape[1]
+        if num_rows > capacity:
+            grown = self._zeros(2 * capacity)
+            grown[:, :capacity] = self.kv
+            self.kv = grown
 
     def begin(self, lengths: Tensor, longest: int) -> None:
         """The next pass adds one token to each of the first B rows, at index lengths (B,), of
@@ -127,18 +95,113 @@ class RowCache:
 
     def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """kv (B, 2, H, Dh): store it and return keys and values, (B, H, longest + 1, Dh) each."""
+        assert self._write is not None, "begin comes first"
         rows, at = self._write
-        slab = self._kv[layer]
-        slab[rows, :, :, at] = kv
-        live = slab[: len(rows), :, :, : self._live]
+        own = self.kv[layer]
+        own[rows, :, :, at] = kv
+        live = own[: len(rows), :, :, : self._live]
         return live[:, 0], live[:, 1]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """key, value (B, H, 1, Dh): store them and return all, as `append` does."""
         return self.append(layer, torch.stack([key[:, :, 0], value[:, :, 0]], dim=1))
 
-    def _slab(self, num_rows: int, length: int) -> Tensor:
-        """Zeros: uninitialised memory may hold NaN."""
+    def _zeros(self, capacity: int) -> Tensor:
+        """Zeros, because uninitialised memory may hold NaN.
+
+        On a CPU the system hands them out page by page as they are written, so that room for a
+        long row costs nothing before it is used.
+        """
         shape = self._shape
-        size = (shape.num_layers, num_rows, 2, shape.num_heads, length, shape.head_dim)
-        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        size = (shape.num_layers, capacity, 2, shape.num_heads, self.length, shape.head_dim)
+        if shape.device.type != "cpu":
+            return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        num_bytes = math.prod(size) * shape.dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(shape.dtype).view(size)
+
+
+Row = TypeVar("Row", bound=Hashable)
+
+
+class RowCache(Generic[Row]):
+    """The KV of the running rows, each in the slab of the shortest class that holds it.
+
+    Attention looks at one slab after the other, so that a long row costs the short ones nothing.
+    Classes double from SHORTEST up to `max_len`. A row that outgrows its class moves to the next;
+    a slab without rows is dropped.
+    """
+
+    SHORTEST = 256
+
+    def __init__(self, shape: KVShape, max_len: int) -> None:
+        self._shape = shape
+        self._max_len = max_len
+        self._slabs: dict[int, Slab] = {}  # by class
+        self._rows: dict[int, list[Row]] = {}
+        self._classes: dict[Row, int] = {}
+        self._lengths: dict[Row, int] = {}
+
+    @classmethod
+    def footprint(cls, length: int, max_len: int) -> int:
+        """Tokens of memory that a row of up to `length` tokens takes: its class."""
+        return max(length, min(max(cls.SHORTEST, 1 << (length - 1).bit_length()), max_len))
+
+    @classmethod
+    def longest(cls, num_rows: int, num_tokens: int, max_len: int) -> int:
+        """The longest rows of which `num_rows` fit into `num_tokens` tokens of memory."""
+        each = num_tokens // num_rows
+        if each >= max_len:
+            return max_len
+        return 1 << (each.bit_length() - 1) if each >= cls.SHORTEST else 0
+
+    @property
+    def size(self) -> int:
+        """Tokens of memory that the rows take."""
+        return sum(self._classes.values())
+
+    def join(self, row: Row, prompt: PromptCache) -> None:
+        """Copy a prompt's KV into a new row, with room for one token more."""
+        self._enter(row, prompt.kv, prompt.length)
+
+    def leave(self, row: Row, is_clean: bool = True) -> None:
+        """Free a row; the last one of its slab moves into the gap.
+
+        Not clean: it holds NaN, which the row that comes after it would see through the mask.
+        """
+        length = self._classes.pop(row)
+        del self._lengths[row]
+        slab, rows = self._slabs[length], self._rows[length]
+        at = rows.index(row)
+        last = rows.pop()
+        if at < len(rows):
+            rows[at] = last
+            filled = self._lengths[last] + 1
+            slab.kv[:, at, :, :, :filled] = slab.kv[:, len(rows), :, :, :filled]
+            if not is_clean:
+                slab.kv[:, at, :, :, filled:] = 0.0
+        elif not is_clean:
+            slab.kv[:, at] = 0.0
+        if not rows:
+            del self._slabs[length], self._rows[length]
+
+    def arrange(self, lengths: Mapping[Row, int]) -> list[tuple[Slab, list[Row]]]:
+        """Make room for one token more in every row, of now lengths[row] tokens; returns the slabs
+        with their rows, in the order in which a pass takes them."""
+        for row, length in lengths.items():
+            self._lengths[row] = length
+            if length >= self._classes[row]:
+                slab, rows = self._slabs[self._classes[row]], self._rows[self._classes[row]]
+                held = slab.kv[:, rows.index(row), :, :, :length].clone()
+                self.leave(row)
+                self._enter(row, held, length)
+        return [(self._slabs[length], self._rows[length]) for length in sorted(self._rows)]
+
+    def _enter(self, row: Row, kv: Tensor, length: int) -> None:
+        """A new row with room for one token more: kv (L, 2, H, length, Dh)."""
+        row_class = self.footprint(length + 1, self._max_len)
+        slab = self._slabs.setdefault(row_class, Slab(self._shape, row_class))
+        rows = self._rows.setdefault(row_class, [])
+        slab.fit(len(rows) + 1)
+        slab.kv[:, len(rows), :, :, :length] = kv
+        rows.append(row)
+        self._classes[row], self._lengths[row] = row_class, length

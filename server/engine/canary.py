@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Rows
-from server.engine.cache import KVShape, PromptCache, RowCache
+from server.engine.cache import KVShape, PromptCache, Slab
 from server.engine.families import Family
 from server.engine.runner import SteeringFaultError
 from steering.layers import text_config
@@ -64,19 +64,16 @@ def _prompts(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None
 def _rows(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None) -> Batch:
     """L + 1 equal rows at their first token."""
     num_rows = decoder.num_layers + 1
-    cache = RowCache(KVShape.of(model))
-    cache.fit(num_rows, 1)
+    slab = Slab(KVShape.of(model), length=1, capacity=num_rows)
     embeds, positions = _tokens(family, model, 1)
-    return Batch(
-        rows=Rows(
-            embeds=embeds.expand(num_rows, -1),
-            positions=positions.expand(-1, num_rows),
-            cache=cache,
-            lengths=torch.zeros(num_rows, dtype=torch.long, device=model.device),
-            longest=0,
-            deltas=deltas,
-        )
+    rows = Rows(
+        embeds=embeds.expand(num_rows, -1),
+        positions=positions.expand(-1, num_rows),
+        slab=slab,
+        lengths=torch.zeros(num_rows, dtype=torch.long, device=model.device),
+        longest=0,
     )
+    return Batch(slabs=(rows,), deltas=deltas)
 
 
 def _tokens(family: Family, model: Any, num_tokens: int) -> tuple[Tensor, Tensor]:

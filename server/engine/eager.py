@@ -1,17 +1,16 @@
 """The language model run by its own modules under the steering hooks: the reference decoder.
 
-One forward for every chunk and one for the rows. Serves families that fused.py does not know,
-and is what tests compare it with.
+One forward for every chunk and one for the rows of every slab. Serves families that fused.py does
+not know, and is what tests compare it with.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Output, Rows
-from server.engine.cache import PromptCache, RowCache
+from server.engine.cache import PromptCache, Slab
 from steering.hooks import Injection, Injector, record, record_inputs
 from steering.layers import decoder_layers, text_config
 from steering.methods import sample_delta
@@ -54,14 +53,18 @@ class EagerDecoder:
                 last = self._run_chunk(chunk, delta)
             if chunk.wants_hidden:
                 hidden.append(last)
-        if batch.rows is not None:
-            hidden.append(self._run_rows(batch.rows))
+        first = 0
+        for rows in batch.slabs:
+            end = first + len(rows.embeds)
+            deltas = None if batch.deltas is None else batch.deltas[:, first:end]
+            hidden.append(self._run_rows(rows, deltas))
+            first = end
         fired, inject_s = self._injector.take()
         return Output(
             hidden=torch.cat(hidden) if hidden else batch.chunks[0].embeds[:0],
             shifts=shifts,
             fired=fired,
-            forwards=len(batch.chunks) + (batch.rows is not None),
+            forwards=len(batch.chunks) + len(batch.slabs),
             inject_s=inject_s,
         )
 
@@ -101,14 +104,14 @@ class EagerDecoder:
         positions = chunk.positions[:, None]  # (P, 1, T)
         return self._forward(chunk.embeds[None], positions, masks, chunk.cache, injection)[0, -1:]
 
-    def _run_rows(self, rows: Rows) -> Tensor:
+    def _run_rows(self, rows: Rows, deltas: Tensor | None) -> Tensor:
         """The normed states, (B, D)."""
-        rows.cache.begin(rows.lengths, rows.longest)
-        injection = None if rows.deltas is None else Injection(rows.deltas, token=0)
+        rows.slab.begin(rows.lengths, rows.longest)
+        injection = None if deltas is None else Injection(deltas, token=0)
         keys = torch.arange(rows.longest + 1, device=rows.lengths.device)
         masks = self._masks(rows.lengths[:, None, None], keys, None)
         positions = rows.positions[..., None]  # (P, B, 1)
-        return self._forward(rows.embeds[:, None], positions, masks, rows.cache, injection)[:, 0]
+        return self._forward(rows.embeds[:, None], positions, masks, rows.slab, injection)[:, 0]
 
     def _masks(self, queries: Tensor, keys: Tensor, pictures: Tensor | None) -> Any:
         """Bool masks (B, 1, T, S), True where a token may be seen: one, or one a layer type."""
@@ -126,7 +129,7 @@ class EagerDecoder:
         embeds: Tensor,
         positions: Tensor,
         masks: Any,
-        cache: PromptCache | RowCache,
+        cache: PromptCache | Slab,
         injection: Injection | None,
     ) -> Tensor:
         """embeds (B, T, D), positions (P, B, T) -> normed last states (B, T, D)."""
@@ -145,7 +148,7 @@ class EagerDecoder:
         return hidden
 
 
-def _parts(batch: Batch) -> Sequence[Batch]:
+def _parts(batch: Batch) -> list[Batch]:
     """Every chunk and the rows apart."""
     parts = [Batch(chunks=(chunk,)) for chunk in batch.chunks]
-    return parts if batch.rows is None else [*parts, Batch(rows=batch.rows)]
+    return [*parts, Batch(slabs=batch.slabs, deltas=batch.deltas)] if batch.slabs else parts

@@ -74,18 +74,22 @@ class EngineConfig:
         for name in ("max_model_len", "max_rows", "max_queue", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise EngineError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        longest = RowCache.footprint(1, self.max_model_len)
+        longest = self.footprint(self.max_model_len)
         if self.kv_budget < longest:
             raise EngineError(
                 f"kv_tokens is {self.kv_budget}; one request of max_model_len "
                 f"{self.max_model_len} takes {longest}"
             )
 
+    def footprint(self, length: int) -> int:
+        """KV tokens that a row of up to `length` tokens takes."""
+        return RowCache.footprint(length, self.max_model_len)
+
     @property
     def kv_budget(self) -> int:
         if self.kv_tokens is not None:
             return self.kv_tokens
-        return RowCache.footprint(self.max_rows, self.max_model_len)
+        return self.max_rows * self.footprint(self.max_model_len)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class EmbeddedEngine:
         self._scheduler = Scheduler(
             config.max_rows,
             config.kv_budget,
-            RowCache.footprint,
+            config.footprint,
             on_admit=self._admit,
             keep_pictures_whole=self._family.has_bidirectional_images,
         )
@@ -167,13 +171,12 @@ class EmbeddedEngine:
         self._inbox.put(_Cancel(request_id))
 
     def status(self) -> EngineStatus:
-        reserved = RowCache.footprint(*self._scheduler.reserved())
         return EngineStatus(
             state=self._state,
             detail=self._detail,
             num_waiting=len(self._scheduler.waiting) + self._inbox.qsize(),
             num_running=len(self._scheduler.rows),
-            kv_tokens_reserved=reserved,
+            kv_tokens_reserved=self._scheduler.reserved,
             kv_tokens_budget=self._config.kv_budget,
         )
 
@@ -203,11 +206,11 @@ class EmbeddedEngine:
             )
         if params.n > self._config.max_rows:
             raise InputError(f"n is {params.n}; at most {self._config.max_rows} rows run", "n")
-        per_row = RowCache.longest(params.n, self._config.kv_budget)
-        limit = min(self._config.max_model_len, per_row)
+        longest = self._config.max_model_len
+        limit = RowCache.longest(params.n, self._config.kv_budget, longest)
         wanted = params.max_tokens if params.max_tokens is not None else max(1, limit - prompt)
         if prompt + wanted > limit:
-            reason = "max_model_len" if limit < per_row else f"kv_tokens, for n = {params.n}"
+            reason = "max_model_len" if limit == longest else f"kv_tokens, for n = {params.n}"
             raise PromptTooLongError(
                 f"the prompt has {prompt} tokens and up to {wanted} are asked for: "
                 f"{prompt + wanted} together, but the limit is {limit} ({reason})"
@@ -229,7 +232,7 @@ class EmbeddedEngine:
                     self._family,
                     self._model,
                     decoder,
-                    self._config.max_rows,
+                    self._config.max_model_len,
                     self._config.prefix_cache_bytes,
                     self._config.vision_cache_bytes,
                 )
@@ -250,7 +253,7 @@ class EmbeddedEngine:
 
     def _step(self) -> None:
         """Schedule a batch, run it, apply the tokens."""
-        rows = list(self._scheduler.rows)
+        rows = self._runner.arrange(self._scheduler.rows)
         chunks = self._embedded(self._scheduler.schedule(self._pacer.budget(len(rows))))
         ended, logits = self._run(chunks, rows)
         self._apply(logits[len(ended) :], rows)
@@ -333,9 +336,8 @@ class EmbeddedEngine:
         active.sequences = [
             Sequence(active, index, self._tokenizer) for index in range(active.num_rows)
         ]
-        num_rows, length = self._scheduler.reserved()
-        first_row = self._scheduler.join(active)
-        self._runner.join(active, first_row, num_rows, length)
+        self._scheduler.join(active)
+        self._runner.join(active)
         active.first_token_at = time.monotonic()
         self._apply(logits.expand(active.num_rows, -1), active.sequences)
 
@@ -360,10 +362,8 @@ class EmbeddedEngine:
             if is_sane:
                 row.append(token_id, detail, self._eos)
                 continue
-            for sibling in row.active.sequences:
-                if sibling in self._scheduler.rows:
-                    self._runner.scrub(self._scheduler.rows.index(sibling))
-            self._fail(row.active, "engine", "the model computed NaN or infinite logits")
+            message = "the model computed NaN or infinite logits"
+            self._fail(row.active, "engine", message, is_clean=False)
         for row in rows:
             if row.finish_reason is not None:
                 self._leave(row)
@@ -371,14 +371,11 @@ class EmbeddedEngine:
             if active.is_finished:
                 self._finish(active)
 
-    def _leave(self, row: Sequence) -> None:
-        """Take a sequence out of the batch, keeping the rows dense."""
-        if row not in self._scheduler.rows:
-            return
-        move = self._scheduler.leave(row)
-        if move is not None:
-            moved = self._scheduler.rows[move.target]
-            self._runner.move(move, moved.active.prompt_len + len(moved.token_ids))
+    def _leave(self, row: Sequence, is_clean: bool = True) -> None:
+        """Take a sequence out of the batch."""
+        if row in self._scheduler.rows:
+            self._scheduler.leave(row)
+            self._runner.leave(row, is_clean)
 
     def _finish(self, active: ActiveRequest) -> None:
         now = time.monotonic()
@@ -395,11 +392,13 @@ class EmbeddedEngine:
         cached = active.own.num_cached
         self._end(active, Finished(active.prompt_len, completion, timings, cached))
 
-    def _fail(self, active: ActiveRequest, kind: FailureKind, message: str) -> None:
+    def _fail(
+        self, active: ActiveRequest, kind: FailureKind, message: str, is_clean: bool = True
+    ) -> None:
         """End a request wherever it is, and free its rows."""
         self._scheduler.drop(active)
         for row in active.sequences:
-            self._leave(row)
+            self._leave(row, is_clean)
         self._end(active, Failed(kind, message))
 
     def _end(self, active: ActiveRequest, event: Finished | Failed) -> None:
@@ -407,8 +406,6 @@ class EmbeddedEngine:
         if self._accepted.pop(active.request.request_id, None) is None:
             return
         active.release()
-        if not (self._scheduler.rows or self._scheduler.prefilling):
-            self._runner.release()
         self._places.release()
         active.request.emit(event)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from server.engine.batch import Batch, Chunk, Output, Rows
+from server.engine.cache import Slab
 from server.engine.linear import Linear
 from steering.layers import decoder_layers, text_config
 from steering.methods import SampleShift
@@ -77,8 +78,7 @@ class FusedDecoder:
         """`seen` collects what each reader is given at the last tokens."""
         packing = _Packing(batch, self._device)
         steering = _Steering(batch, packing, self.num_layers, self._device)
-        parts = [chunk.embeds for chunk in batch.chunks]
-        hidden = torch.cat(parts if batch.rows is None else [*parts, batch.rows.embeds]).float()
+        hidden = batch.embeds.float()
         rotary = self._rotary_tables(batch)
         for number, layer in enumerate(self._layers):
             if seen is not None and number:
@@ -97,8 +97,7 @@ class FusedDecoder:
     def _rotary_tables(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin of every packed token, (N, 1, Dh); sin's first half negated, because
         rotate_half(x) * sin = roll(x) * (-sin, sin)."""
-        parts = [chunk.positions for chunk in batch.chunks]
-        positions = torch.cat(parts if batch.rows is None else [*parts, batch.rows.positions], -1)
+        positions = batch.positions
         positions = positions[:, None] if len(positions) > 1 else positions  # (3, 1, N) or (1, N)
         cos, sin = self._rotary(torch.empty(0, dtype=self._dtype, device=self._device), positions)
         cos, sin = cos[0][:, None], sin[0][:, None].clone()
@@ -110,33 +109,31 @@ class _Packing:
     """Where each part of the batch lies among the packed tokens, and what it may see.
 
     lasts: the last token of every chunk, then every row; wanted: those whose states are asked
-    for. spans and masks: by chunk; a mask (T, end) is added to the scores, None sees all.
+    for. Masks are added to the scores; None sees all.
     """
 
     def __init__(self, batch: Batch, device: torch.device) -> None:
-        self.chunks = batch.chunks
-        self.rows = batch.rows
-        self.spans: list[tuple[int, int]] = []
+        dtype = (batch.chunks[0] if batch.chunks else batch.slabs[0]).embeds.dtype
+        self.chunks: list[tuple[Chunk, slice, Tensor | None]] = []
+        self.slabs: list[tuple[Slab, slice, Tensor]] = []
+        lasts, wanted = [], []
         end = 0
         for chunk in batch.chunks:
-            self.spans.append((end, end + len(chunk)))
-            end += len(chunk)
+            place, end = slice(end, end + len(chunk)), end + len(chunk)
             chunk.cache.begin(chunk.start)
+            self.chunks.append((chunk, place, _chunk_mask(chunk, dtype, device)))
+            lasts.append(end - 1)
+            if chunk.wants_hidden:
+                wanted.append(end - 1)
+        self.chunk_lasts = list(lasts)
         self.first_row = end
-        num_rows = 0 if batch.rows is None else len(batch.rows.embeds)
-        lasts = [last - 1 for _, last in self.spans]
-        rows = range(end, end + num_rows)
-        wanted = [
-            last for last, chunk in zip(lasts, batch.chunks, strict=True) if chunk.wants_hidden
-        ]
-        self.lasts = torch.tensor([*lasts, *rows], dtype=torch.long, device=device)
-        self.wanted = torch.tensor([*wanted, *rows], dtype=torch.long, device=device)
-        dtype = (batch.rows or batch.chunks[0]).embeds.dtype
-        self.masks = [_chunk_mask(chunk, dtype, device) for chunk in batch.chunks]
-        self.row_mask: Tensor | None = None
-        if batch.rows is not None:
-            batch.rows.cache.begin(batch.rows.lengths, batch.rows.longest)
-            self.row_mask = _row_mask(batch.rows, dtype)
+        for rows in batch.slabs:
+            place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
+            rows.slab.begin(rows.lengths, rows.longest)
+            self.slabs.append((rows.slab, place, _row_mask(rows, dtype)))
+        rows_range = range(self.first_row, end)
+        self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
+        self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
 
 
 def _chunk_mask(chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -208,15 +205,12 @@ class _Layer:
         q = qkv[:, : self._num_heads].unflatten(1, (self._num_kv_heads, -1))  # (N, H, G, Dh)
         kv = qkv[:, self._num_heads :].unflatten(1, (2, -1))  # (N, 2, H, Dh)
         parts = []
-        for chunk, (first, end), mask in zip(
-            packing.chunks, packing.spans, packing.masks, strict=True
-        ):
-            keys, values = chunk.cache.append(self._layer, kv[first:end].permute(1, 2, 0, 3))
-            parts.append(self._attend_chunk(q[first:end], keys, values, mask))
-        if packing.rows is not None:
-            keys, values = packing.rows.cache.append(self._layer, kv[packing.first_row :])
-            out = self._attend(q[packing.first_row :], keys, values, packing.row_mask)
-            parts.append(out.flatten(1))
+        for chunk, place, mask in packing.chunks:
+            keys, values = chunk.cache.append(self._layer, kv[place].permute(1, 2, 0, 3))
+            parts.append(self._attend_chunk(q[place], keys, values, mask))
+        for slab, place, row_mask in packing.slabs:
+            keys, values = slab.append(self._layer, kv[place])
+            parts.append(self._attend(q[place], keys, values, row_mask).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_chunk(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -246,7 +240,7 @@ class _Steering:
     ) -> None:
         self.fired = 0
         self.inject_s = 0.0
-        lasts = [end - 1 for _, end in packing.spans]
+        lasts = packing.chunk_lasts
         given = [i for i, chunk in enumerate(batch.chunks) if chunk.delta is not None]
         self._given = torch.tensor([lasts[i] for i in given], device=device)
         deltas = [chunk.delta for chunk in batch.chunks if chunk.delta is not None]
@@ -258,7 +252,7 @@ class _Steering:
         self._text_only = torch.tensor([lasts[s.text_only] for _, s in shifts], device=device)
         plans = [shift.plan for _, shift in shifts]
         self._shift = SampleShift(plans, num_layers, device) if plans else None
-        self._rows = None if batch.rows is None else batch.rows.deltas
+        self._rows = batch.deltas
         self._first_row = packing.first_row
 
     def at(self, layer: int, hidden: Tensor) -> None:

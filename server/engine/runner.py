@@ -15,11 +15,10 @@ from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
 from server.engine.cache import KVShape, PromptCache, RowCache
 from server.engine.families import Family, embed, encode_image, image_blocks, images_between
 from server.engine.prefix import PrefixCache
-from server.engine.scheduler import PrefillChunk, RowMove
+from server.engine.scheduler import PrefillChunk
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
 from server.engine.types import EngineError, ImageInput
 from server.engine.vision import SHARED_NAMESPACE, VisionCache
-from steering.layers import text_config
 
 # Corrupted pictures that only their size decides hold nothing of anybody's.
 SIZE_DECIDES = ("blank", "gray")
@@ -41,7 +40,7 @@ class Runner:
         family: Family,
         model: Any,
         decoder: Decoder,
-        max_rows: int,
+        max_len: int,
         prefix_cache_bytes: int = 0,
         vision_cache_bytes: int = 0,
     ) -> None:
@@ -50,14 +49,14 @@ class Runner:
         self._decoder = decoder
         self._device: torch.device = model.device
         self._shape = KVShape.of(model)
-        self._rows = RowCache(self._shape)
+        self._rows: RowCache[Sequence] = RowCache(self._shape, max_len)
         self.prefix = PrefixCache(prefix_cache_bytes)
         self.vision = VisionCache(vision_cache_bytes)
-        # What each row subtracts at each layer, ready-made: (L, rows, D). Rewritten only when a
-        # row joins, moves or leaves, so a decode step pays one subtraction a layer.
-        hidden_size = text_config(model).hidden_size
-        size = (decoder.num_layers, max_rows, hidden_size)
-        self._table = torch.zeros(size, dtype=decoder.steering_dtype, device=self._device)
+        # What the rows subtract at each layer, ready-made: (L, rows, D), None when nothing.
+        # Rewritten only when rows join, move or leave, so a decode step pays one subtraction a
+        # layer.
+        self._deltas: Tensor | None = None
+        self._order: list[Sequence] = []
 
     def admit(self, active: ActiveRequest) -> None:
         """Make its prompts' caches and fill them with what the prefix cache has."""
@@ -85,15 +84,25 @@ class Runner:
         if state.role != "own":
             active.shift_s += time.monotonic() - started
 
+    def arrange(self, rows: Seq[Sequence]) -> list[Sequence]:
+        """Make room for every row's next token; the rows in the order in which `run` takes them."""
+        self._slabs = self._rows.arrange({row: row.kv_len for row in rows})
+        order = [row for _, slab_rows in self._slabs for row in slab_rows]
+        if order != self._order:
+            self._order = order
+            self._deltas = self._steering_table(order)
+        return order
+
     def run(self, chunks: Seq[PrefillChunk], rows: Seq[Sequence]) -> Tensor:
         """Run a step; logits (F + B, V) float32: of the own prompts that end here, in the chunks'
-        order, then of every row.
+        order, then of every row. `rows`: all, as `arrange` returned them, or none.
 
         A request that measures its shift here has it in `delta` afterwards, and in `doses` what it
         came to; both may hold what is no number.
         """
         started = time.monotonic()
         batch = self._batch(chunks, rows)
+        num_tokens = len(rows) + sum(chunk.end - chunk.start for chunk in chunks)
         output = self._decoder.run(batch)
         if output.fired != self._decoder.num_layers * output.forwards:
             raise SteeringFaultError(
@@ -107,33 +116,20 @@ class Runner:
                 self._keep(chunk)
         hidden = output.hidden
         logits = self._decoder.logits(hidden) if len(hidden) else hidden  # no prompt has ended
-        self._account(chunks, rows, output, (time.monotonic() - started) / batch.num_tokens)
+        self._account(chunks, rows, output, (time.monotonic() - started) / num_tokens)
         return logits
 
-    def join(self, active: ActiveRequest, first_row: int, num_rows: int, length: int) -> None:
-        """Copy a prefilled prompt into a row for each of its sequences.
-
-        num_rows, length: what all admitted requests may come to need.
-        """
+    def join(self, active: ActiveRequest) -> None:
+        """Copy a prefilled prompt into a row for each of its sequences."""
         assert active.own.cache is not None
-        self._rows.fit(num_rows, length)
-        for row in range(first_row, first_row + len(active.sequences)):
-            self._rows.insert(row, active.own.cache)
-            self._table[:, row] = 0.0 if active.delta is None else active.delta
+        for row in active.sequences:
+            self._rows.join(row, active.own.cache)
         active.release()
 
-    def move(self, move: RowMove, length: int) -> None:
-        """Follow the scheduler: a row of `length` tokens has moved into a gap."""
-        self._rows.move(move.source, move.target, length)
-        self._table[:, move.target] = self._table[:, move.source]
-
-    def scrub(self, row: int) -> None:
-        """Clear a row whose states are not numbers."""
-        self._rows.scrub(row)
-
-    def release(self) -> None:
-        """Give the rows' memory back; no row is running."""
-        self._rows.release()
+    def leave(self, row: Sequence, is_clean: bool) -> None:
+        """Free a row; not clean: its states are not numbers."""
+        self._rows.leave(row, is_clean)
+        self._order = []  # what the cache holds has moved
 
     def _embed(self, state: PromptState, active: ActiveRequest, start: int) -> None:
         is_shared = state.role == "corrupted" and active.request.plan.corruption in SIZE_DECIDES
@@ -154,7 +150,8 @@ class Runner:
         at = {id(chunk.state): number for number, chunk in enumerate(chunks)}
         return Batch(
             chunks=tuple(self._chunk(chunk, at) for chunk in chunks),
-            rows=self._row_tokens(rows) if rows else None,
+            slabs=self._row_tokens() if rows else (),
+            deltas=self._deltas if rows else None,
         )
 
     def _chunk(self, chunk: PrefillChunk, at: dict[int, int]) -> Chunk:
@@ -182,19 +179,35 @@ class Runner:
             wants_hidden=is_end,
         )
 
-    def _row_tokens(self, rows: Seq[Sequence]) -> Rows:
-        numbers = [(row.token_ids[-1], row.rope_position, row.kv_len) for row in rows]
+    def _row_tokens(self) -> tuple[Rows, ...]:
+        """The newest token of every row, slab by slab."""
+        numbers = [(row.token_ids[-1], row.rope_position, row.kv_len) for row in self._order]
         token_ids, positions, lengths = torch.tensor(numbers, device=self._device).T
-        num_axes = 3 if self._family.has_mrope else 1
-        is_steered = any(row.active.delta is not None for row in rows)
-        return Rows(
-            embeds=self._model.get_input_embeddings()(token_ids),
-            positions=positions.expand(num_axes, -1),
-            cache=self._rows,
-            lengths=lengths,
-            longest=max(kv_len for _, _, kv_len in numbers),
-            deltas=self._table[:, : len(rows)] if is_steered else None,
-        )
+        positions = positions.expand(3 if self._family.has_mrope else 1, -1)
+        embeds = self._model.get_input_embeddings()(token_ids)
+        slabs, end = [], 0
+        for slab, rows in self._slabs:
+            first, end = end, end + len(rows)
+            slabs.append(
+                Rows(
+                    embeds=embeds[first:end],
+                    positions=positions[:, first:end],
+                    slab=slab,
+                    lengths=lengths[first:end],
+                    longest=max(row.kv_len for row in rows),
+                )
+            )
+        return tuple(slabs)
+
+    def _steering_table(self, rows: Seq[Sequence]) -> Tensor | None:
+        """(L, rows, D) of the decoder's steering dtype; zero for rows that are not steered."""
+        deltas = [row.active.delta for row in rows]
+        steered = next((delta for delta in deltas if delta is not None), None)
+        if steered is None:
+            return None
+        zero = torch.zeros_like(steered)
+        table = torch.stack([zero if delta is None else delta for delta in deltas], dim=1)
+        return table.to(self._device, self._decoder.steering_dtype)
 
     def _keep(self, chunk: PrefillChunk) -> None:
         """A prompt is whole: what lies before its last token may serve others."""

@@ -25,16 +25,9 @@ class PrefillChunk:
         return self.end == len(self.state.prompt)
 
 
-@dataclass(frozen=True)
-class RowMove:
-    """After a row was freed: the row `source` now lives in `target`."""
-
-    source: int
-    target: int
-
-
 class Scheduler:
-    """`footprint(num_rows, length)` is the KV tokens that rows of that length take together;
+    """`footprint(length)` is the KV tokens that a row of up to `length` tokens takes.
+
     `on_admit` may move a prompt forward by what a cache has of it. With `keep_pictures_whole` no
     chunk ends inside a picture.
     """
@@ -43,7 +36,7 @@ class Scheduler:
         self,
         max_rows: int,
         kv_tokens: int,
-        footprint: Callable[[int, int], int],
+        footprint: Callable[[int], int],
         on_admit: Callable[[ActiveRequest], None] = lambda _active: None,
         keep_pictures_whole: bool = False,
     ) -> None:
@@ -73,21 +66,14 @@ class Scheduler:
             chunks.extend(taken)
         return chunks
 
-    def join(self, active: ActiveRequest) -> int:
-        """Give rows to the sequences of a prefilled request; returns the first row."""
+    def join(self, active: ActiveRequest) -> None:
+        """The sequences of a prefilled request become rows."""
         self.prefilling.remove(active)
-        first = len(self.rows)
         self.rows.extend(active.sequences)
-        return first
 
-    def leave(self, sequence: Sequence) -> RowMove | None:
-        """Free a sequence's row; the last row moves into the gap."""
-        row = self.rows.index(sequence)
-        last = self.rows.pop()
-        if row == len(self.rows):
-            return None
-        self.rows[row] = last
-        return RowMove(source=len(self.rows), target=row)
+    def leave(self, sequence: Sequence) -> None:
+        """Free a sequence's row."""
+        self.rows.remove(sequence)
 
     def drop(self, active: ActiveRequest) -> None:
         """Forget a request that has no row yet."""
@@ -100,19 +86,22 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.rows)
 
-    def reserved(self, *candidates: ActiveRequest) -> tuple[int, int]:
-        """(rows, longest row) that the admitted requests and `candidates` may come to need."""
-        arriving = [*self.prefilling, *candidates]
-        num_rows = len(self.rows) + sum(active.num_rows for active in arriving)
-        lengths = [active.max_len for active in arriving] + [s.active.max_len for s in self.rows]
-        return num_rows, max(lengths, default=0)
+    @property
+    def reserved(self) -> int:
+        """KV tokens that the admitted requests may come to need."""
+        arriving = sum(self._needs(active) for active in self.prefilling)
+        return arriving + sum(self._footprint(row.active.max_len) for row in self.rows)
+
+    def _needs(self, active: ActiveRequest) -> int:
+        return active.num_rows * self._footprint(active.max_len)
 
     def _admit(self) -> ActiveRequest | None:
         """Take the first waiting request if its rows fit beside those admitted before."""
         if not self.waiting:
             return None
-        num_rows, length = self.reserved(self.waiting[0])
-        if num_rows > self._max_rows or self._footprint(num_rows, length) > self._kv_tokens:
+        first = self.waiting[0]
+        num_rows = len(self.rows) + sum(a.num_rows for a in (*self.prefilling, first))
+        if num_rows > self._max_rows or self.reserved + self._needs(first) > self._kv_tokens:
             return None
         active = self.waiting.popleft()
         self.prefilling.append(active)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Rows
-from server.engine.cache import KVShape, PromptCache, RowCache
+from server.engine.cache import KVShape, PromptCache, Slab
 from server.engine.families import Family, embed, encode_image, image_blocks
 from server.engine.inputs import InputBuilder
 from server.engine.types import EngineError, Prompt
@@ -75,11 +75,10 @@ class SelfCheck:
             chunk = self._chunk(prompt, embeds, cache, start, end)
             hidden = decoder.run(Batch(chunks=(chunk,))).hidden
         logits = [decoder.logits(hidden)]
-        rows = RowCache(shape)
-        rows.fit(1, len(prompt) + NUM_STEPS)
-        rows.insert(0, cache)
+        slab = Slab(shape, len(prompt) + NUM_STEPS)
+        slab.kv[:, 0, :, :, : len(prompt)] = cache.kv
         for step, token in enumerate(self._answer):
-            logits.append(decoder.logits(self._step(decoder, rows, token, step)))
+            logits.append(decoder.logits(self._step(decoder, slab, token, step)))
         return torch.cat(logits)
 
     def _chunk(
@@ -97,18 +96,18 @@ class SelfCheck:
             pictures=tuple(blocks),
         )
 
-    def _step(self, decoder: Decoder, rows: RowCache, token: Tensor, step: int) -> Tensor:
+    def _step(self, decoder: Decoder, slab: Slab, token: Tensor, step: int) -> Tensor:
         length = len(self._prompt) + step
         position = torch.tensor([[self._prompt.next_position + step]], device=token.device)
         num_axes = 3 if self._family.has_mrope else 1
-        step_rows = Rows(
+        rows = Rows(
             embeds=self._model.get_input_embeddings()(token[None]),
             positions=position.expand(num_axes, -1),
-            cache=rows,
+            slab=slab,
             lengths=torch.tensor([length], device=token.device),
             longest=length,
         )
-        return decoder.run(Batch(rows=step_rows)).hidden
+        return decoder.run(Batch(slabs=(rows,))).hidden
 
 
 def _reference(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

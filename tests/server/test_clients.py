@@ -116,7 +116,7 @@ def test_sixteen_at_once(live: LiveServer, fake_engine: FakeEngine) -> None:
 
     def script(request: Any) -> Any:
         together.wait()
-        yield from says(f"{len(request.inputs.token_ids)} ", "tokens")(request)
+        yield from says(f"{len(request.inputs.prompt)} ", "tokens")(request)
 
     fake_engine.script = script
 

@@ -31,11 +31,14 @@ from server.engine.types import (
     TextEvent,
     TokenLogprob,
 )
+from steering.corruption import Corruption
 from steering.models import LoadedModel, identity_of
-from steering.plan import SteeringPlan
+from steering.plan import Schedule, SteeringPlan
 from tests.tiny_models import BUILDERS, TinyModel
 
 _ids = itertools.count()
+INCREMENTAL = Schedule("incremental")
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @dataclass
@@ -204,19 +207,21 @@ def start_engine() -> Iterator[Callable[..., EngineUnderTest]]:
 
 Serve = Callable[..., EngineUnderTest]
 FUSED = [name for name in BUILDERS if can_fuse(BUILDERS[name]().model)]
-SERVED = [(name, "eager") for name in BUILDERS] + [(name, "fused") for name in FUSED]
+# Every family as it is served, and once each what the eager decoder has to do with: one axis of
+# positions and three (with masks of more than one kind, Gemma 3 is eager anyway).
+SERVED = [(name, "auto") for name in BUILDERS] + [("llava", "eager"), ("qwen2_vl", "eager")]
 
 
 @pytest.fixture(params=SERVED, ids=[f"{name}-{decoder}" for name, decoder in SERVED])
 def serve(request: pytest.FixtureRequest, start_engine: Serve) -> Serve:
     """Starts an engine on a supported family by one of its decoders: the conformance suite's."""
     name, decoder = request.param
-    tiny = _built(name)
+    tiny = built(name)
     return lambda **config: start_engine(tiny, decoder=decoder, **config)
 
 
 @cache
-def _built(name: str) -> TinyModel:
+def built(name: str) -> TinyModel:
     return BUILDERS[name]()
 
 
@@ -232,6 +237,22 @@ def random_delta(tiny: TinyModel, seed: int = 0, scale: float = 1.0) -> Tensor:
     config = tiny.model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(config.num_hidden_layers, config.hidden_size, generator=generator)
+
+
+def sample_plan(
+    alpha: float = 0.7,
+    schedule: Schedule = INCREMENTAL,
+    corruption: Corruption = "blank",
+    max_relative_dose: float = 10.0,
+) -> SteeringPlan:
+    return SteeringPlan(
+        mode="sample",
+        alpha=alpha,
+        schedule=schedule,
+        corruption=corruption,
+        max_relative_dose=max_relative_dose,
+        reason=None,
+    )
 
 
 def reference_log_probs(
@@ -262,6 +283,18 @@ def reference_log_probs(
     with _hooked(tiny, None if delta is None else steer), torch.no_grad():
         logits = tiny.model(**batch, use_cache=False).logits[0, prompt_len - 1 :]
     return torch.log_softmax(logits.float(), dim=-1)
+
+
+def assert_equals_reference(
+    tiny: TinyModel, answer: Answer, prompt: Any, images: list[Any], delta: Tensor | None
+) -> None:
+    """The greedy answer's tokens and log-probabilities are those of one cache-free pass."""
+    messages = conversation(prompt, len(images))
+    expected = reference_log_probs(tiny, messages, images, answer.token_ids(), delta)
+    assert answer.token_ids() == expected.argmax(dim=-1).tolist()
+    chosen = torch.tensor([token.logprob for token in answer.logprobs()])
+    torch.testing.assert_close(chosen, expected.amax(dim=-1), **TOLERANCE)
+    torch.testing.assert_close(answer.top(), expected.topk(5).values.flip(-1), **TOLERANCE)
 
 
 def reference_last_hidden(
