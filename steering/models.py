@@ -187,6 +187,8 @@ def processor_digest(processor: Any) -> str:
         if value is not None and not key.startswith("_") and key not in _BACKEND_KEYS
     }
     expansion = {key: getattr(processor, key, None) for key in _EXPANSION_KEYS}
+    lengths = {key: getattr(processor, key, None) for key in _LENGTH_KEYS}
+    expansion |= {key: length for key, length in lengths.items() if length is not None}
     return hashlib.sha256(_canonical([words, settings, expansion])).hexdigest()
 
 
@@ -200,6 +202,7 @@ _BACKEND_KEYS = (
     "return_tensors",
     "disable_grouping",
 )
+_LENGTH_KEYS = ("image_seq_len", "image_seq_length")  # Idefics3 and SmolVLM; Gemma 3
 _EXPANSION_KEYS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
 
 

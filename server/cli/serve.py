@@ -25,7 +25,7 @@ def serve(
     ] = None,
     store: StoreOption = None,
     vector_alias: Annotated[str | None, typer.Option(help="Name of the vector set.")] = None,
-    steering_mode: Annotated[str | None, typer.Option(help="off or dataset.")] = None,
+    steering_mode: Annotated[str | None, typer.Option(help="off, dataset or sample.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Strength; 0 is an exact no-op.")] = None,
     schedule: Annotated[
         str | None,

@@ -83,7 +83,7 @@ class Slab:
         """Make room for `num_rows` rows, keeping what is there."""
         capacity = self.kv.shape[1]
         if num_rows > capacity:
-            grown = self._zeros(2 * capacity)
+            grown = self._zeros(max(num_rows, 2 * capacity))
             grown[:, :capacity] = self.kv
             self.kv = grown
 

@@ -4,6 +4,7 @@ One forward for every chunk and one for the rows of every slab. Serves families 
 not know, and is what tests compare it with.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,12 +54,8 @@ class EagerDecoder:
                 last = self._run_chunk(chunk, delta)
             if chunk.wants_hidden:
                 hidden.append(last)
-        first = 0
-        for rows in batch.slabs:
-            end = first + len(rows.embeds)
-            deltas = None if batch.deltas is None else batch.deltas[:, first:end]
+        for rows, deltas in _slabs(batch):
             hidden.append(self._run_rows(rows, deltas))
-            first = end
         fired, inject_s = self._injector.take()
         return Output(
             hidden=torch.cat(hidden) if hidden else batch.chunks[0].embeds[:0],
@@ -148,7 +145,16 @@ class EagerDecoder:
         return hidden
 
 
+def _slabs(batch: Batch) -> Iterator[tuple[Rows, Tensor | None]]:
+    """The rows of each slab with what they subtract, (L, B, D)."""
+    first = 0
+    for rows in batch.slabs:
+        end = first + len(rows.embeds)
+        yield rows, None if batch.deltas is None else batch.deltas[:, first:end]
+        first = end
+
+
 def _parts(batch: Batch) -> list[Batch]:
-    """Every chunk and the rows apart."""
+    """Every chunk and the rows of every slab apart."""
     parts = [Batch(chunks=(chunk,)) for chunk in batch.chunks]
-    return [*parts, Batch(slabs=batch.slabs, deltas=batch.deltas)] if batch.slabs else parts
+    return parts + [Batch(slabs=(rows,), deltas=deltas) for rows, deltas in _slabs(batch)]

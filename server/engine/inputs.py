@@ -5,12 +5,14 @@ alone. Runs in a thread pool beside the engine thread: it reads the model's conf
 its weights. Does not fetch or decode pictures (server/media.py).
 """
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -173,7 +175,10 @@ class InputBuilder:
         return self._read(corrupt(image, kind))
 
     def _draw_meaningless(self, kind: Corruption, size: tuple[int, int]) -> _Picture:
-        return self._read(corrupt(Image.new("RGB", size), kind))
+        """Its digest is that of what the vision tower is given: where every blank picture becomes
+        the same tensors, whatever its size (LLaVA-1.5), all share one place in the caches."""
+        picture = self._read(corrupt(Image.new("RGB", size), kind))
+        return replace(picture, digest=_tensor_digest(picture.tensors))
 
     def _replaced(self, prompt: Prompt, old: Sequence[_Picture], new: Sequence[_Picture]) -> Prompt:
         """The same prompt with other pictures in the same places."""
@@ -236,6 +241,15 @@ def _without_pictures(conversation: list[dict[str, Any]]) -> list[dict[str, Any]
         message | {"content": parts or [{"type": "text", "text": ""}]}
         for message, parts in zip(conversation, texts, strict=True)
     ]
+
+
+def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, types, shapes and contents."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _control_tokens(processor: Any, placeholder: int) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The start-up self-check: the engine's passes compute what the bare model computes, or no service.
 
-A prompt with a picture goes through the model as transformers runs it, then through the engine's
+A prompt with pictures goes through the model as transformers runs it, then through the engine's
 inputs, embedding and decoder, in chunks and rows. This is what lets a family serve that nobody has
 tried (families.py lists those that the conformance suite covers), and what guards the others
 against a changed library. Does not look at steering (canary.py).
@@ -36,19 +36,25 @@ class SelfCheck:
         messages = [
             {
                 "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": QUESTION}],
+                "content": [
+                    {"type": "image"},
+                    {"type": "image"},
+                    {"type": "text", "text": QUESTION},
+                ],
             }
         ]
-        image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+        # Two of different sizes: some families cut pictures otherwise when there are several.
+        gradient = Image.linear_gradient("L").convert("RGB")
+        images = [gradient.resize((96, 64)), gradient.resize((48, 80))]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         batch = processor(
             text=[prompt],
-            images=[image],
+            images=[images],
             add_special_tokens=not writes_its_own_bos(processor, prompt),
             return_tensors="pt",
         ).to(model.device)
         self._reference, self._answer = _reference(model, dict(batch))
-        self._prompt = inputs.build(messages, [image]).prompt
+        self._prompt = inputs.build(messages, images).prompt
 
     def compare(self, decoder: Decoder) -> None:
         """Raise EngineError, naming the family, unless `decoder` computes the same."""

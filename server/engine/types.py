@@ -76,7 +76,8 @@ class SamplingParams:
 class ImageInput:
     """One picture of a prompt.
 
-    digest: sha256 of mode, size and pixels (`steering.corruption.image_digest`). tensors: what
+    digest: sha256 of mode, size and pixels (`steering.corruption.image_digest`), or, of a blank or
+    gray picture made here, of its tensors. tensors: what
     the vision tower takes for this picture alone, with the processor's own leading dimension.
     [start, end): the prompt's tokens from its first placeholder to its last; a family that cuts
     pictures into tiles has other tokens between. num_features: its placeholders.
