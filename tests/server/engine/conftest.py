@@ -38,7 +38,7 @@ from tests.tiny_models import BUILDERS, TinyModel
 
 _ids = itertools.count()
 INCREMENTAL = Schedule("incremental")
-TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+TOLERANCE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @dataclass
@@ -223,6 +223,13 @@ def serve(request: pytest.FixtureRequest, start_engine: Serve) -> Serve:
 @cache
 def built(name: str) -> TinyModel:
     return BUILDERS[name]()
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to hold"
+        time.sleep(0.005)
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 16)) -> Image.Image:

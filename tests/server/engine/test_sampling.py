@@ -8,7 +8,7 @@ import torch
 
 from server.engine.sampling import adjusted, draw, filtered_probs, logprobs, sample
 from server.engine.sequences import ActiveRequest, Sequence
-from server.engine.types import EngineInputs, EngineRequest, SamplingParams
+from server.engine.types import EngineInputs, EngineRequest, Prompt, SamplingParams
 from steering.plan import SteeringPlan
 from tests.tiny_models import byte_tokenizer
 
@@ -16,7 +16,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def row(generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **params: Any) -> Sequence:
-    inputs = EngineInputs(prompt, {}, torch.zeros(1, len(prompt)), len(prompt))
+    inputs = EngineInputs(Prompt(prompt, (), torch.arange(len(prompt))[None], len(prompt)))
     request = EngineRequest(
         "r", inputs, SamplingParams(**({"max_tokens": 9} | params)), SteeringPlan(), None, print
     )
