@@ -84,12 +84,13 @@ def _tokens(family: Family, model: Any, num_tokens: int) -> tuple[Tensor, Tensor
 
 
 def _trace(decoder: Decoder, batch: Batch) -> Tensor:
-    hidden, output = decoder.trace(batch)
+    output = decoder.run(batch)  # first: what is traced are passes that steer at every layer
     if output.fired != decoder.num_layers * output.forwards:
         raise SteeringFaultError(
             f"canary: steering had its turn {output.fired} times in {output.forwards} passes over "
             f"{decoder.num_layers} layers"
         )
+    hidden, _ = decoder.trace(batch)
     return hidden
 
 

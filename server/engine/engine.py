@@ -45,6 +45,7 @@ from server.engine.types import (
     SteeringApplied,
 )
 from steering.corruption import Corruption
+from steering.errors import SteeringError
 from steering.layers import text_config
 from steering.models import LoadedModel, ModelIdentity
 
@@ -65,7 +66,7 @@ class EngineConfig:
     max_rows: int = 16
     kv_tokens: int | None = None
     max_queue: int = 256
-    prefill_chunk: int = 512
+    prefill_chunk: int = 1024
     prefix_cache_bytes: int = 0
     vision_cache_bytes: int = 0
     decoder: DecoderChoice = "auto"
@@ -233,6 +234,7 @@ class EmbeddedEngine:
                     self._model,
                     decoder,
                     self._config.max_model_len,
+                    self._config.max_rows,
                     self._config.prefix_cache_bytes,
                     self._config.vision_cache_bytes,
                 )
@@ -254,7 +256,8 @@ class EmbeddedEngine:
     def _step(self) -> None:
         """Schedule a batch, run it, apply the tokens."""
         rows = self._runner.arrange(self._scheduler.rows)
-        chunks = self._embedded(self._scheduler.schedule(self._pacer.budget(len(rows))))
+        budget = self._pacer.budget(len(rows), self._scheduler.num_waiting)
+        chunks = self._embedded(self._scheduler.schedule(budget))
         ended, logits = self._run(chunks, rows)
         self._apply(logits[len(ended) :], rows)
         for active, row_logits in zip(ended, logits, strict=False):
@@ -450,7 +453,8 @@ def _ended(chunks: Seq[PrefillChunk]) -> list[ActiveRequest]:
 
 def _worded(error: Exception) -> str:
     """For clients: our own words, never another library's internals (the log has those)."""
-    return str(error) if isinstance(error, EngineError) else "an internal error; see the log"
+    is_ours = isinstance(error, EngineError | SteeringError)
+    return str(error) if is_ours else "an internal error; see the log"
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

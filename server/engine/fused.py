@@ -254,9 +254,13 @@ class _Steering:
         self._shift = SampleShift(plans, num_layers, device) if plans else None
         self._rows = batch.deltas
         self._first_row = packing.first_row
+        self._is_idle = not deltas and not plans and batch.deltas is None
 
     def at(self, layer: int, hidden: Tensor) -> None:
         """hidden (N, D) float32 after `layer`, changed in place."""
+        self.fired += 1
+        if self._is_idle:
+            return
         started = time.perf_counter()
         if self._deltas is not None:
             hidden.index_add_(0, self._given, self._deltas[layer], alpha=-1)
@@ -265,7 +269,6 @@ class _Steering:
             hidden.index_add_(0, self._measured, delta, alpha=-1)
         if self._rows is not None:
             hidden[self._first_row :] -= self._rows[layer]
-        self.fired += 1
         self.inject_s += time.perf_counter() - started
 
     def shifts(self) -> dict[int, tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
-from server.engine.cache import KVShape, PromptCache, RowCache
+from server.engine.cache import KVShape, PromptCache, RowCache, Slab
 from server.engine.families import Family, embed, encode_image, image_blocks, images_between
 from server.engine.prefix import PrefixCache
 from server.engine.scheduler import PrefillChunk
@@ -41,6 +41,7 @@ class Runner:
         model: Any,
         decoder: Decoder,
         max_len: int,
+        max_rows: int,
         prefix_cache_bytes: int = 0,
         vision_cache_bytes: int = 0,
     ) -> None:
@@ -49,7 +50,7 @@ class Runner:
         self._decoder = decoder
         self._device: torch.device = model.device
         self._shape = KVShape.of(model)
-        self._rows: RowCache[Sequence] = RowCache(self._shape, max_len)
+        self._rows: RowCache[Sequence] = RowCache(self._shape, max_len, max_rows)
         self.prefix = PrefixCache(prefix_cache_bytes)
         self.vision = VisionCache(vision_cache_bytes)
         # What the rows subtract at each layer, ready-made: (L, rows, D), None when nothing.
@@ -57,6 +58,7 @@ class Runner:
         # layer.
         self._deltas: Tensor | None = None
         self._order: list[Sequence] = []
+        self._slabs: list[tuple[Slab, list[Sequence]]] = []
 
     def admit(self, active: ActiveRequest) -> None:
         """Make its prompts' caches and fill them with what the prefix cache has."""
@@ -129,7 +131,7 @@ class Runner:
     def leave(self, row: Sequence, is_clean: bool) -> None:
         """Free a row; not clean: its states are not numbers."""
         self._rows.leave(row, is_clean)
-        self._order = []  # what the cache holds has moved
+        self._order, self._slabs = [], []  # what the cache holds has moved, or has been dropped
 
     def _embed(self, state: PromptState, active: ActiveRequest, start: int) -> None:
         is_shared = state.role == "corrupted" and active.request.plan.corruption in SIZE_DECIDES
@@ -201,13 +203,14 @@ class Runner:
 
     def _steering_table(self, rows: Seq[Sequence]) -> Tensor | None:
         """(L, rows, D) of the decoder's steering dtype; zero for rows that are not steered."""
-        deltas = [row.active.delta for row in rows]
-        steered = next((delta for delta in deltas if delta is not None), None)
-        if steered is None:
+        steered = {row: row.active.delta for row in rows if row.active.delta is not None}
+        if not steered:
             return None
-        zero = torch.zeros_like(steered)
-        table = torch.stack([zero if delta is None else delta for delta in deltas], dim=1)
-        return table.to(self._device, self._decoder.steering_dtype)
+        # A vector set's shift comes from the host, a request's own from the device.
+        deltas = {row: delta.to(self._device) for row, delta in steered.items()}
+        zero = torch.zeros_like(next(iter(deltas.values())))
+        table = torch.stack([deltas.get(row, zero) for row in rows], dim=1)
+        return table.to(self._decoder.steering_dtype)
 
     def _keep(self, chunk: PrefillChunk) -> None:
         """A prompt is whole: what lies before its last token may serve others."""

@@ -153,20 +153,43 @@ class EngineUnderTest:
         return answer
 
     @contextmanager
-    def slow(self, seconds: float = 0.02) -> Iterator[None]:
-        """Every pass takes at least this long."""
+    def before_each_pass(self, act: Callable[[Batch], None]) -> Iterator[None]:
+        """Call `act` with what each pass is about to run."""
         decoder = self.engine._runner._decoder
         run = decoder.run
 
-        def slowly(batch: Batch) -> Output:
-            time.sleep(seconds)
+        def act_and_run(batch: Batch) -> Output:
+            act(batch)
             return run(batch)
 
-        decoder.run = slowly  # type: ignore[method-assign]
+        decoder.run = act_and_run  # type: ignore[method-assign]
         try:
             yield
         finally:
             decoder.run = run  # type: ignore[method-assign]
+
+    @contextmanager
+    def slow(self, seconds: float = 0.02) -> Iterator[None]:
+        """Every pass takes at least this long."""
+        with self.before_each_pass(lambda _batch: time.sleep(seconds)):
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The engine takes no step: what is asked meanwhile begins in one."""
+        holding, released = threading.Event(), threading.Event()
+
+        def hold(event: EngineEvent) -> None:
+            if isinstance(event, Finished):
+                holding.set()
+                released.wait(30)
+
+        self.ask("", max_tokens=1, on_event=hold)
+        assert holding.wait(30)
+        try:
+            yield
+        finally:
+            released.set()
 
 
 def conversation(prompt: Any, num_images: int = 0) -> list[dict[str, Any]]:

@@ -1,54 +1,46 @@
 """The engine's life: every accepted request ends in exactly one terminal event."""
 
+import gc
+import random
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from server.engine.cache import RowCache
+from server.engine.batch import Batch, Decoder
+from server.engine.decoders import DecoderChoice, build_decoder
 from server.engine.engine import EmbeddedEngine, EngineConfig
+from server.engine.sequences import ActiveRequest
 from server.engine.types import (
     EngineError,
+    EngineInputs,
     Failed,
     Finished,
     InputError,
     NotAcceptingError,
     PromptTooLongError,
     QueueFullError,
+    RequestTimings,
 )
 from tests.server.engine.conftest import (
+    TOLERANCE,
     Answer,
     EngineUnderTest,
+    assert_equals_reference,
     loaded,
     picture,
     random_delta,
+    sample_plan,
+    wait_until,
 )
 from tests.tiny_models import TinyModel, build_tiny_llava
 
 Start = Callable[..., EngineUnderTest]
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to hold"
-        time.sleep(0.005)
-
-
-@contextmanager
-def slow_model(tiny: TinyModel, seconds: float = 0.02) -> Iterator[None]:
-    """Every pass takes at least this long."""
-    norm = tiny.model.get_decoder().norm
-    handle = norm.register_forward_hook(lambda *_: time.sleep(seconds))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def test_the_very_first_request_is_steered(start_engine: Start) -> None:
@@ -60,52 +52,61 @@ def test_the_very_first_request_is_steered(start_engine: Start) -> None:
     assert not torch.allclose(first.top(), later.top(), atol=1e-2)
 
 
-def test_a_model_whose_layers_are_bypassed_is_not_ready() -> None:
-    """Pitfall 2: the layers that carry the hooks are no longer the ones that run."""
+def test_a_model_whose_layers_are_bypassed_is_not_ready(
+    start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pitfall 2: the layers that carry the hooks are not the ones that run."""
     tiny = build_tiny_llava()
-    decoder = tiny.model.get_decoder()
-    engine = EmbeddedEngine(loaded(tiny), EngineConfig())
-    decoder.layers = nn.ModuleList(build_tiny_llava().model.get_decoder().layers)
-    with pytest.raises(EngineError, match="0 steering hooks fired in a pass over 3 layers"):
+
+    def build(choice: DecoderChoice, model: Any, life: ExitStack) -> Decoder:
+        decoder = build_decoder(choice, model, life)
+        model.get_decoder().layers = build_tiny_llava().model.get_decoder().layers
+        return decoder
+
+    monkeypatch.setattr("server.engine.engine.build_decoder", build)
+    with pytest.raises(
+        EngineError, match="steering had its turn 0 times in 4 passes over 3 layers"
+    ):
+        start_engine(tiny, decoder="eager")
+
+
+@pytest.mark.parametrize("decoder", ["eager", "auto"])
+def test_a_model_with_renamed_layers_is_not_ready(decoder: DecoderChoice) -> None:
+    """It runs as before, but what carries its layers is nothing that could be steered."""
+    tiny = build_tiny_llava()
+    engine = EmbeddedEngine(loaded(tiny), EngineConfig(decoder=decoder))
+    layers = tuple(tiny.model.get_decoder().layers)
+    del tiny.model.get_decoder().layers
+    tiny.model.get_decoder().layers = layers
+    with pytest.raises(EngineError, match="has no `layers` to steer"):
         engine.start()
     assert engine.status().state == "failed"
 
 
-def test_a_model_with_renamed_layers_is_refused() -> None:
-    tiny = build_tiny_llava()
-    decoder = tiny.model.get_decoder()
-    identified = loaded(tiny)
-    decoder.blocks = decoder.layers
-    del decoder.layers
-    with pytest.raises(Exception, match="has no `layers` to steer"):
-        EmbeddedEngine(identified, EngineConfig())
-
-
-def test_a_model_that_passes_on_something_else_is_not_ready() -> None:
+def test_a_model_that_passes_on_something_else_is_not_ready(start_engine: Start) -> None:
     """Pitfall 2: the hooks fire, but what they return is not what the next layer is given."""
     tiny = build_tiny_llava()
     layers = tiny.model.get_decoder().layers
     clean: list[torch.Tensor] = []
     layers[1].register_forward_hook(lambda _m, _a, hidden: clean.append(hidden))
     layers[2].register_forward_pre_hook(lambda _m, args: (clean[-1], *args[1:]))
-    engine = EmbeddedEngine(loaded(tiny), EngineConfig())
     with pytest.raises(EngineError, match="canary: at layer 1 the hidden state moved by 0,"):
-        engine.start()
+        start_engine(tiny, decoder="eager")
 
 
 def test_hooks_that_stop_firing_fail_the_engine_and_every_request(start_engine: Start) -> None:
     """Pitfall 2, in service: no further token is made, and nobody is left hanging."""
     tiny = build_tiny_llava()
-    under_test = start_engine(tiny)
+    under_test = start_engine(tiny, decoder="eager")
     decoder = tiny.model.get_decoder()
-    with slow_model(tiny):
+    with under_test.slow():
         answers = [under_test.ask("Hi", max_tokens=200) for _ in range(3)]
         wait_until(lambda: all(a.events for a in answers))
         decoder.layers[1]._forward_hooks.clear()
         for answer in answers:
             end = answer.wait().terminal
             assert isinstance(end, Failed) and end.kind == "engine"
-            assert "2 steering hooks fired in a pass over 3 layers" in end.message
+            assert "steering had its turn 2 times in 1 passes over 3 layers" in end.message
     assert under_test.engine.status().state == "failed"
     with pytest.raises(NotAcceptingError, match="failed"):
         under_test.ask("Hi")
@@ -114,7 +115,7 @@ def test_hooks_that_stop_firing_fail_the_engine_and_every_request(start_engine: 
 def test_cancel_frees_the_row_at_the_next_step(tiny_llava: TinyModel, start_engine: Start) -> None:
     """Pitfall 15, the engine's side; a request that waits, prefills or runs."""
     under_test = start_engine(tiny_llava, max_rows=1, prefill_chunk=1)
-    with slow_model(tiny_llava):
+    with under_test.slow():
         running = under_test.ask("Hi", max_tokens=200)
         waiting = under_test.ask("Hi", max_tokens=200)
         wait_until(lambda: under_test.engine.status().num_running == 1)
@@ -146,22 +147,21 @@ def test_a_request_that_can_never_fit_is_refused_with_both_lengths(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
     """Pitfall 16."""
-    under_test = start_engine(tiny_llava, max_model_len=128, max_rows=4, kv_tokens=256)
-    inputs = under_test.inputs("x" * 20)
-    prompt = len(inputs.token_ids)
-    with pytest.raises(PromptTooLongError, match=rf"{prompt} tokens and up to 90 .* limit is 128"):
-        under_test.ask("x" * 20, max_tokens=90)
-    with pytest.raises(PromptTooLongError, match=r"limit is 64 \(kv_tokens, for n = 3\)"):
-        under_test.ask("x" * 20, max_tokens=30, n=3)
+    under_test = start_engine(tiny_llava, max_model_len=512, max_rows=4, kv_tokens=1024)
+    prompt = len(under_test.inputs("x" * 20).prompt)
+    with pytest.raises(PromptTooLongError, match=rf"{prompt} tokens and up to 500 .* limit is 512"):
+        under_test.ask("x" * 20, max_tokens=500)
+    with pytest.raises(PromptTooLongError, match=r"limit is 256 \(kv_tokens, for n = 3\)"):
+        under_test.ask("x" * 20, max_tokens=250, n=3)
     with pytest.raises(InputError, match="n is 5; at most 4 rows run"):
         under_test.ask("", max_tokens=10, n=5)
-    assert isinstance(under_test.ask("", max_tokens=10, n=2).wait().terminal, Finished)
+    assert isinstance(under_test.ask("", max_tokens=10, n=3).wait().terminal, Finished)
 
 
 def test_a_full_queue_refuses_and_later_accepts(tiny_llava: TinyModel, start_engine: Start) -> None:
     """Pitfall 16."""
     under_test = start_engine(tiny_llava, max_rows=1, max_queue=2)
-    with slow_model(tiny_llava):
+    with under_test.slow():
         running = under_test.ask("Hi", max_tokens=30)
         wait_until(lambda: under_test.engine.status().num_running == 1)
         queued = [under_test.ask("Hi", max_tokens=2) for _ in range(2)]
@@ -175,27 +175,26 @@ def test_a_full_queue_refuses_and_later_accepts(tiny_llava: TinyModel, start_eng
 def test_requests_wait_for_memory_and_all_get_their_answer(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
-    """The KV budget holds two or three of the ten at a time; the slabs never exceed it."""
-    budget = RowCache.footprint(3, 64)
-    under_test = start_engine(tiny_llava, kv_tokens=budget, max_model_len=128)
+    """The KV budget holds two or three of the ten at a time; the rows never exceed it."""
+    under_test = start_engine(tiny_llava, kv_tokens=3 * 256, max_model_len=512)
     seen: list[int] = []
     answers = [
         under_test.ask(
             "Hi",
-            max_tokens=90 if number % 3 == 0 else 30,
+            max_tokens=300 if number % 3 == 0 else 30,
             on_event=lambda _e: seen.append(under_test.engine._runner._rows.size),
         )
         for number in range(10)
     ]
     for answer in answers:
         assert isinstance(answer.wait().terminal, Finished)
-    assert RowCache.footprint(2, 64) <= max(seen) <= budget
+    assert 2 * 256 <= max(seen) <= 3 * 256
     assert under_test.engine._runner._rows.size == 0
 
 
 def test_a_request_times_out(tiny_llava: TinyModel, start_engine: Start) -> None:
     under_test = start_engine(tiny_llava)
-    with slow_model(tiny_llava):
+    with under_test.slow():
         end = under_test.ask("Hi", max_tokens=200, timeout_s=0.1).wait().terminal
     assert isinstance(end, Failed) and end.kind == "timeout"
 
@@ -204,7 +203,7 @@ def test_draining_finishes_what_runs_and_accepts_nothing_new(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
     under_test = start_engine(tiny_llava, max_rows=1)
-    with slow_model(tiny_llava):
+    with under_test.slow():
         answers = [under_test.ask("Hi", max_tokens=10) for _ in range(3)]
         draining = threading.Thread(target=under_test.engine.drain, args=(30,))
         draining.start()
@@ -221,24 +220,24 @@ def test_a_drain_that_takes_too_long_ends_the_requests(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
     under_test = start_engine(tiny_llava, max_rows=1)
-    with slow_model(tiny_llava, 0.05):
+    with under_test.slow(0.05):
         answers = [under_test.ask("Hi", max_tokens=200) for _ in range(3)]
         under_test.engine.drain(0.2)
     for answer in answers:
         assert isinstance(answer.terminal, Failed) and answer.terminal.kind == "draining"
 
 
-def test_a_prompt_that_breaks_the_model_fails_alone(
+def test_a_prompt_that_cannot_be_embedded_fails_alone(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
-    from dataclasses import replace
-
     under_test = start_engine(tiny_llava)
-    inputs = under_test.inputs("Hi", [picture(1)])
-    broken = {"pixel_values": inputs.image_tensors["pixel_values"].repeat(2, 1, 1, 1)}
-    with slow_model(tiny_llava):
+    prompt = under_test.inputs("Hi", [picture(1)]).prompt
+    (image,) = prompt.images
+    tensors = {"pixel_values": image.tensors["pixel_values"].repeat(2, 1, 1, 1)}
+    broken = replace(prompt, images=(replace(image, tensors=tensors),))
+    with under_test.slow():
         neighbour = under_test.ask("Hi", max_tokens=30)
-        end = under_test.ask("", inputs=replace(inputs, image_tensors=broken)).wait().terminal
+        end = under_test.ask("", inputs=EngineInputs(broken)).wait().terminal
     assert isinstance(end, Failed) and "4 image placeholders but 8 image features" in end.message
     assert isinstance(neighbour.wait().terminal, Finished)
 
@@ -251,7 +250,7 @@ def test_logits_that_are_not_numbers_end_the_request_and_leave_no_trace(
     under_test = start_engine(tiny)
     expected = under_test.ask("Hi", [picture(1)]).wait()
     infinite = random_delta(tiny) * float("inf")
-    with slow_model(tiny, 0.005):
+    with under_test.slow(0.005):
         neighbour = under_test.ask("Hi", max_tokens=150)  # keeps the slabs in use
         for num in (1, 2):
             broken = under_test.ask("x" * 60, [picture(1)], delta=infinite, n=num).wait()
@@ -262,22 +261,57 @@ def test_logits_that_are_not_numbers_end_the_request_and_leave_no_trace(
     assert isinstance(neighbour.wait().terminal, Finished)
 
 
-def test_a_pass_that_breaks_midway_fails_one_prompt_only(start_engine: Start) -> None:
+@pytest.mark.parametrize("decoder", ["eager", "auto"])
+@pytest.mark.parametrize("level", ["dataset", "sample"])
+def test_a_prompt_that_breaks_a_pass_fails_alone(
+    tiny_llava: TinyModel, start_engine: Start, decoder: str, level: str
+) -> None:
+    """Those that were in its pass, prompts and rows, run again without it."""
+    under_test = start_engine(tiny_llava, decoder=decoder)
+    delta = random_delta(tiny_llava)
+    steering: dict[str, Any] = {"delta": delta} if level == "dataset" else {"sample": sample_plan()}
+    under_test.engine._pacer.budget = lambda _rows: 512  # type: ignore[method-assign]
+    bad = len(under_test.inputs("what breaks it").prompt)
+    together: list[int] = []
+
+    def break_down(batch: Batch) -> None:
+        if any(chunk.cache.length == bad for chunk in batch.chunks):
+            together.append(len(batch.chunks) + len(batch.slabs))
+            raise RuntimeError("secret detail of a library")
+
+    alone = under_test.ask("Hi", [picture(1)], **steering).wait()
+    row_alone = under_test.ask("x" * 30, max_tokens=40).wait()
+    with under_test.before_each_pass(break_down):
+        row = under_test.ask("x" * 30, max_tokens=40)
+        with under_test.held():
+            first = under_test.ask("Hi", [picture(1)], **steering)
+            broken = under_test.ask("what breaks it")
+            last = under_test.ask("Hi", [picture(1)], **steering)
+        end = broken.wait().terminal
+        for answer, expected in ((first, alone), (last, alone), (row, row_alone)):
+            assert isinstance(answer.wait().terminal, Finished)
+            torch.testing.assert_close(answer.top(), expected.top(), **TOLERANCE)
+    assert isinstance(end, Failed) and end.message == "an internal error; see the log"
+    assert together == [4 if level == "dataset" else 8, 1], "all together, then it alone"
+
+
+def test_a_pass_that_breaks_midway_leaves_nothing_behind(start_engine: Start) -> None:
     """The hooks that had fired were once counted into the next pass, which ended the engine."""
     tiny = build_tiny_llava()
-    under_test = start_engine(tiny)
+    under_test = start_engine(tiny, decoder="eager")
+    expected = under_test.ask("Hi").wait()
     broken: list[bool] = []
 
     def break_once(*_: Any) -> None:
         if not broken:
             broken.append(True)
-            raise RuntimeError("secret detail of a library")
+            raise RuntimeError
 
     handle = tiny.model.get_decoder().layers[2].register_forward_pre_hook(break_once)
-    end = under_test.ask("Hi").wait().terminal
+    answer = under_test.ask("Hi").wait()
     handle.remove()
-    assert isinstance(end, Failed) and end.message == "an internal error; see the log"
-    assert isinstance(under_test.ask("Hi").wait().terminal, Finished)
+    assert broken
+    torch.testing.assert_close(answer.top(), expected.top(), **TOLERANCE)
 
 
 def test_a_decode_that_breaks_ends_every_request_once(start_engine: Start) -> None:
@@ -285,11 +319,11 @@ def test_a_decode_that_breaks_ends_every_request_once(start_engine: Start) -> No
     tiny = build_tiny_llava()
     under_test = start_engine(tiny)
 
-    def broken_move(*_: Any) -> None:
+    def broken_leave(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    under_test.engine._runner.move = broken_move  # type: ignore[method-assign]
-    with slow_model(tiny):
+    under_test.engine._runner.leave = broken_leave  # type: ignore[method-assign]
+    with under_test.slow():
         answers = [under_test.ask("Hi", max_tokens=k) for k in (4, 60, 60)]
         for answer in answers:
             assert isinstance(answer.wait().terminal, Failed)
@@ -299,17 +333,20 @@ def test_without_max_tokens_the_answer_may_fill_what_there_is(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
     """With a small KV budget such requests were once refused, though shorter ones fitted."""
-    under_test = start_engine(tiny_llava, max_model_len=128, kv_tokens=128)
+    under_test = start_engine(tiny_llava, max_model_len=300, kv_tokens=600)
     one = under_test.ask("Hi", max_tokens=None).wait().terminal
     two = under_test.ask("Hi", max_tokens=None, n=2).wait().terminal
     assert isinstance(one, Finished) and isinstance(two, Finished)
-    assert one.prompt_tokens + one.completion_tokens == 128
-    assert 2 * two.prompt_tokens + two.completion_tokens == 128
+    assert one.prompt_tokens + one.completion_tokens == 300
+    assert 2 * two.prompt_tokens + two.completion_tokens == 600
+    with pytest.raises(PromptTooLongError, match="for n = 3"):
+        under_test.ask("Hi", max_tokens=None, n=3)
 
 
 def test_a_budget_below_one_request_stops_the_start() -> None:
     with pytest.raises(EngineError, match="kv_tokens is 100; one request of max_model_len 128"):
         EngineConfig(max_model_len=128, kv_tokens=100)
+    assert EngineConfig(max_model_len=128, kv_tokens=128).kv_budget == 128
 
 
 def test_a_burst_that_fits_into_the_rows_is_not_refused(
@@ -317,7 +354,7 @@ def test_a_burst_that_fits_into_the_rows_is_not_refused(
 ) -> None:
     """max_queue once counted requests that were about to get a row at once."""
     under_test = start_engine(tiny_llava, max_rows=8, max_queue=1)
-    with slow_model(tiny_llava):
+    with under_test.slow():
         answers = [under_test.ask("Hi", max_tokens=3) for _ in range(9)]
     for answer in answers:
         assert isinstance(answer.wait().terminal, Finished)
@@ -369,87 +406,96 @@ def test_the_end_token_ends_the_answer_and_is_not_text(
     assert ignored.finish_reason() == "length"
 
 
-def test_control_tokens_in_the_text_are_refused(tiny_model: TinyModel, start_engine: Start) -> None:
-    under_test = start_engine(tiny_model)
-    token = tiny_model.processor.image_token
-    for smuggled in (token, "<|im_end|>", "<|im_start|>"):
-        with pytest.raises(InputError, match="a control token of this model"):
-            under_test.inputs(f"What is {smuggled}?", [picture(1)])
-    under_test.inputs("What does <pad> or <s> mean in HTML?", [picture(1)])
-
-
-def test_a_family_that_is_not_served_is_refused_by_name() -> None:
-    tiny = build_tiny_llava()
-    identified = loaded(tiny)
-    tiny.model.config.model_type = "mllama"
-    with pytest.raises(EngineError, match="'mllama' is not served; served are: LLaVA-1.5, Qwen2"):
-        EmbeddedEngine(identified, EngineConfig())
-
-
-@pytest.mark.parametrize(
-    ("template", "renders"),
-    [
-        ("{{ messages[0].content + '!' }}", True),  # takes strings only
-        ("{{ raise_exception('no system role') }}", False),
-        ("{{ messages[0].nothing.at.all }}", False),
-        ("{{ '' }}", False),  # an empty prompt
-    ],
-)
-def test_templates_that_cannot_take_the_messages_are_the_clients_errors(
-    start_engine: Start, template: str, renders: bool
+@pytest.mark.parametrize("decoder", ["eager", "auto"])
+def test_bfloat16_keeps_its_dtype_and_steers_by_what_was_planned(
+    start_engine: Start, decoder: str
 ) -> None:
-    tiny = build_tiny_llava()
-    tiny.processor.chat_template = template
-    under_test = start_engine(tiny)
-    if renders:
-        assert len(under_test.inputs("Hi").token_ids) == 3
-        return
-    with pytest.raises(InputError):
-        under_test.inputs("Hi")
-
-
-@pytest.mark.parametrize(
-    ("config", "change", "message"),
-    [
-        ("vision_config", {"model_type": "pixtral"}, "'pixtral' vision tower is not served"),
-        ("text_config", {"sliding_window": 16}, "sliding-window attention is not served"),
-        ("text_config", {"layer_types": ["sliding_attention"] * 3}, "sliding-window"),
-    ],
-)
-def test_variants_that_the_suite_does_not_cover_are_refused(
-    config: str, change: dict[str, Any], message: str
-) -> None:
-    tiny = build_tiny_llava()
-    identified = loaded(tiny)
-    for name, value in change.items():
-        setattr(getattr(tiny.model.config, config), name, value)
-    with pytest.raises(EngineError, match=message):
-        EmbeddedEngine(identified, EngineConfig())
-
-
-def test_bfloat16_steers_by_the_planned_amount(start_engine: Start) -> None:
-    """Pitfall 8: the canary's 2 % holds in bfloat16, and the hidden states keep their dtype."""
+    """Pitfall 8: a float32 step promotes nothing; the fused decoder's table keeps its precision."""
     tiny = build_tiny_llava()
     half = TinyModel(tiny.name, tiny.model.to(torch.bfloat16), tiny.processor)
+    under_test = start_engine(half, decoder=decoder)
+    delta = 1e-3 * random_delta(half)
     seen: set[torch.dtype] = set()
-    under_test = start_engine(half)
-    layer = half.model.get_decoder().layers[1]
+    tables: list[torch.Tensor] = []
+    layer = half.model.get_decoder().layers[1]  # the eager decoder's own
     handle = layer.register_forward_hook(lambda _m, _a, out: seen.add(out.dtype))
-    answer = under_test.ask("Hi", [picture(1)], delta=random_delta(half)).wait()
+    answer = under_test.ask(
+        "Hi",
+        [picture(1)],
+        delta=delta,
+        on_event=lambda _e: tables.append(under_test.engine._runner._deltas),
+    ).wait()
     handle.remove()
-    assert seen == {torch.bfloat16}
     assert isinstance(answer.terminal, Finished)
+    table = tables[-1][:, 0]
+    if decoder == "eager":
+        assert seen == {torch.bfloat16} and table.dtype == torch.bfloat16
+    else:
+        assert torch.equal(table, delta)
 
 
-def test_answers_report_their_times(tiny_llava: TinyModel, start_engine: Start) -> None:
-    under_test = start_engine(tiny_llava)
-    steered = under_test.ask("Hi", [picture(1)], delta=random_delta(tiny_llava)).wait()
-    plain = under_test.ask("Hi", [picture(1)]).wait()
-    assert isinstance(steered.terminal, Finished) and isinstance(plain.terminal, Finished)
-    times = steered.terminal.timings
-    assert 0 < times.inject_s < times.e2e_s
-    assert plain.terminal.timings.inject_s == 0
-    assert 0 <= times.queue_s <= times.time_to_first_token_s <= times.e2e_s
+@pytest.mark.parametrize("decoder", ["eager", "auto"])
+def test_alpha_is_data(tiny_llava: TinyModel, start_engine: Start, decoder: str) -> None:
+    """Pitfall 9: an alpha that changes after the first passes changes the answer, and back."""
+    under_test = start_engine(tiny_llava, decoder=decoder)
+    delta = random_delta(tiny_llava)
+    tops: dict[float, list[torch.Tensor]] = {0.5: [], 1.0: [], 0.0: []}
+    for alpha in (0.5, 0.5, 1.0, 0.0, 1.0, 0.5, 0.0):
+        answer = under_test.ask("Hi", [picture(1)], delta=delta, alpha=alpha, max_tokens=4).wait()
+        assert_equals_reference(tiny_llava, answer, "Hi", [picture(1)], alpha * delta)
+        tops[alpha].append(answer.top())
+    for runs in tops.values():
+        for run in runs[1:]:
+            torch.testing.assert_close(run, runs[0], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(tops[0.5][0], tops[1.0][0], atol=1e-2)
+    assert not torch.allclose(tops[0.0][0], tops[1.0][0], atol=1e-2)
+
+
+def test_sixteen_prompts_in_one_pass_are_as_one_by_one(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    under_test = start_engine(tiny_llava, max_rows=16, prefill_chunk=4096)
+    cases: list[dict[str, Any]] = [
+        {},
+        {"delta": random_delta(tiny_llava)},
+        {"sample": sample_plan()},
+    ]
+
+    def ask(number: int) -> Answer:
+        images = [picture(number)] * (number % 3)
+        steering = cases[number % len(cases)] if images else {}
+        return under_test.ask("x" * (5 * number), images, max_tokens=3, **steering)
+
+    alone = [ask(number).wait() for number in range(16)]
+    passes: list[int] = []
+    with under_test.before_each_pass(lambda batch: passes.append(len(batch.chunks))):
+        with under_test.held():
+            at_once = [ask(number) for number in range(16)]
+        for answer, expected in zip(at_once, alone, strict=True):
+            torch.testing.assert_close(answer.wait().top(), expected.top(), **TOLERANCE)
+    num_measuring = sum(number % 3 == 2 for number in range(16))
+    assert max(passes) == 16 + 2 * num_measuring
+
+
+@pytest.mark.parametrize("decoder", ["eager", "auto"])
+def test_answers_report_their_times(
+    tiny_llava: TinyModel, start_engine: Start, decoder: str
+) -> None:
+    under_test = start_engine(tiny_llava, decoder=decoder)
+
+    def times(**steering: Any) -> RequestTimings:
+        terminal = under_test.ask("Hi", [picture(1)], **steering).wait().terminal
+        assert isinstance(terminal, Finished)
+        timings = terminal.timings
+        assert 0 <= timings.queue_s <= timings.time_to_first_token_s <= timings.e2e_s
+        return timings
+
+    plain, dataset = times(), times(delta=random_delta(tiny_llava))
+    sample = times(sample=sample_plan())
+    assert (plain.inject_s, plain.shift_s, dataset.shift_s) == (0, 0, 0)
+    assert 0 < dataset.inject_s < dataset.e2e_s
+    assert 0 < sample.inject_s < sample.e2e_s
+    assert 0 < sample.shift_s < sample.prefill_s
 
 
 def test_more_requests_than_rows_each_end_once_and_in_full(
@@ -462,3 +508,56 @@ def test_more_requests_than_rows_each_end_once_and_in_full(
     for k, answer in enumerate(answers):
         assert isinstance(answer.wait().terminal, Finished)
         assert len(answer.token_ids()) == k % 7 + 1
+
+
+def test_nothing_is_kept_of_requests_that_have_ended(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    """Random traffic with cancels and failures: the caches stay within their budgets, and when all
+    have ended no prompt's and no row's keys are left."""
+    budgets = {"prefix_cache_bytes": 1 << 17, "vision_cache_bytes": 1 << 12}
+    under_test = start_engine(tiny_llava, max_rows=4, prefill_chunk=64, **budgets)
+    engine, runner = under_test.engine, under_test.engine._runner
+    chance = random.Random(5)
+    held: list[weakref.ref[Any]] = []
+    used: list[tuple[int, int]] = []
+    admit = runner.admit
+
+    def watch(active: ActiveRequest) -> None:
+        admit(active)
+        held.extend(weakref.ref(state.cache) for state in active.prompts)
+
+    def look(_event: object) -> None:
+        held.extend(weakref.ref(slab) for slab in runner._rows._slabs.values())
+        used.append((runner.prefix.num_bytes, runner.vision.num_bytes))
+
+    runner.admit = watch  # type: ignore[method-assign]
+    answers = []
+    for number in range(60):
+        images = [picture(chance.randrange(12)) for _ in range(chance.randrange(3))]
+        steering: dict[str, Any] = chance.choice(
+            [{}, {"delta": random_delta(tiny_llava)}, {"sample": sample_plan()}]
+        )
+        if not images or number % 10 == 9:
+            steering = (
+                {"delta": random_delta(tiny_llava) * float("inf")} if number % 10 == 9 else {}
+            )
+        params = {"max_tokens": chance.randrange(1, 30), "n": chance.choice([1, 1, 2])}
+        prompt = "x" * chance.randrange(80)
+        answers.append(under_test.ask(prompt, images, on_event=look, **steering, **params))
+        if chance.random() < 0.3:
+            engine.cancel(chance.choice(answers).request_id)
+    ends = [answer.wait().terminal for answer in answers]
+    assert sum(isinstance(end, Finished) for end in ends) >= 36
+    assert sum(isinstance(end, Failed) for end in ends) >= 6
+    assert max(prefix for prefix, _ in used) > 0.8 * budgets["prefix_cache_bytes"]
+    assert max(prefix for prefix, _ in used) <= budgets["prefix_cache_bytes"]
+    assert 0 < max(vision for _, vision in used) <= budgets["vision_cache_bytes"]
+    kept = [*runner.prefix._blocks._tensors.values(), *runner.vision._features._tensors.values()]
+    own_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept)
+    assert own_bytes == runner.prefix.num_bytes + runner.vision.num_bytes
+    gc.collect()
+    assert [ref for ref in held if ref() is not None] == []
+    status = engine.status()
+    assert (status.num_running, status.num_waiting, status.kv_tokens_reserved) == (0, 0, 0)
+    assert not engine._accepted
