@@ -270,7 +270,7 @@ def test_a_prompt_that_breaks_a_pass_fails_alone(
     under_test = start_engine(tiny_llava, decoder=decoder)
     delta = random_delta(tiny_llava)
     steering: dict[str, Any] = {"delta": delta} if level == "dataset" else {"sample": sample_plan()}
-    under_test.engine._pacer.budget = lambda _rows: 512  # type: ignore[method-assign]
+    under_test.engine._pacer.budget = lambda *_: 512  # type: ignore[method-assign]
     bad = len(under_test.inputs("what breaks it").prompt)
     together: list[int] = []
 
