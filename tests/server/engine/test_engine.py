@@ -514,9 +514,10 @@ def test_nothing_is_kept_of_requests_that_have_ended(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
     """Random traffic with cancels and failures: the caches stay within their budgets, and when all
-    have ended no prompt's and no row's keys are left."""
+    have ended no prompt's keys and no slab but the shortest is left, which stays in place."""
     budgets = {"prefix_cache_bytes": 1 << 17, "vision_cache_bytes": 1 << 12}
-    under_test = start_engine(tiny_llava, max_rows=4, prefill_chunk=64, **budgets)
+    sizes = {"max_model_len": 512, "max_rows": 4, "prefill_chunk": 64}
+    under_test = start_engine(tiny_llava, **sizes, **budgets)
     engine, runner = under_test.engine, under_test.engine._runner
     chance = random.Random(5)
     held: list[weakref.ref[Any]] = []
@@ -528,7 +529,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(
         held.extend(weakref.ref(state.cache) for state in active.prompts)
 
     def look(_event: object) -> None:
-        held.extend(weakref.ref(slab) for slab in runner._rows._slabs.values())
+        held.extend(weakref.ref(s) for s in runner._rows._slabs.values() if s.length > 256)
         used.append((runner.prefix.num_bytes, runner.vision.num_bytes))
 
     runner.admit = watch  # type: ignore[method-assign]
@@ -543,7 +544,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(
                 {"delta": random_delta(tiny_llava) * float("inf")} if number % 10 == 9 else {}
             )
         params = {"max_tokens": chance.randrange(1, 30), "n": chance.choice([1, 1, 2])}
-        prompt = "x" * chance.randrange(80)
+        prompt = "x" * chance.choice([300, chance.randrange(80), chance.randrange(80)])
         answers.append(under_test.ask(prompt, images, on_event=look, **steering, **params))
         if chance.random() < 0.3:
             engine.cancel(chance.choice(answers).request_id)
@@ -561,3 +562,4 @@ def test_nothing_is_kept_of_requests_that_have_ended(
     status = engine.status()
     assert (status.num_running, status.num_waiting, status.kv_tokens_reserved) == (0, 0, 0)
     assert not engine._accepted
+    assert [slab.length for slab in runner._rows._slabs.values()] == [256]
