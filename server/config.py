@@ -61,7 +61,7 @@ class Settings(BaseModel):
         None, ge=16, description="KV cache budget in tokens; by default max_rows * max_model_len."
     )
     max_queue: int = Field(256, ge=1, description="Requests that may wait; beyond it 429.")
-    prefill_chunk: int = Field(512, ge=1, description="Prompt tokens prefilled per step at most.")
+    prefill_chunk: int = Field(1024, ge=1, description="Prompt tokens prefilled per step at most.")
     prefix_cache_bytes: int = Field(
         512 * MIB, ge=0, description="Keys and values of earlier prompts that are kept; 0: none."
     )

@@ -66,7 +66,7 @@ class PromptCache:
 
 
 class Slab:
-    """The KV of rows of one length class: (L, capacity, 2, H, length, Dh), dense from row 0 on.
+    """The KV of rows of one length class: (capacity, L, 2, H, length, Dh), dense from row 0 on.
 
     Beyond a row's tokens lies what earlier rows left, finite and masked: a masked position still
     multiplies its value by zero.
@@ -81,10 +81,10 @@ class Slab:
 
     def fit(self, num_rows: int) -> None:
         """Make room for `num_rows` rows, keeping what is there."""
-        capacity = self.kv.shape[1]
+        capacity = len(self.kv)
         if num_rows > capacity:
             grown = self._zeros(max(num_rows, 2 * capacity))
-            grown[:, :capacity] = self.kv
+            grown[:capacity] = self.kv
             self.kv = grown
 
     def begin(self, lengths: Tensor, longest: int) -> None:
@@ -97,7 +97,7 @@ class Slab:
         """kv (B, 2, H, Dh): store it and return keys and values, (B, H, longest + 1, Dh) each."""
         assert self._write is not None, "begin comes first"
         rows, at = self._write
-        own = self.kv[layer]
+        own = self.kv[:, layer]
         own[rows, :, :, at] = kv
         live = own[: len(rows), :, :, : self._live]
         return live[:, 0], live[:, 1]
@@ -113,7 +113,7 @@ class Slab:
         long row costs nothing before it is used.
         """
         shape = self._shape
-        size = (shape.num_layers, capacity, 2, shape.num_heads, self.length, shape.head_dim)
+        size = (capacity, shape.num_layers, 2, shape.num_heads, self.length, shape.head_dim)
         if shape.device.type != "cpu":
             return torch.zeros(size, dtype=shape.dtype, device=shape.device)
         num_bytes = math.prod(size) * shape.dtype.itemsize
@@ -127,15 +127,17 @@ class RowCache(Generic[Row]):
     """The KV of the running rows, each in the slab of the shortest class that holds it.
 
     Attention looks at one slab after the other, so that a long row costs the short ones nothing.
-    Classes double from SHORTEST up to `max_len`. A row that outgrows its class moves to the next;
-    a slab without rows is dropped.
+    Classes double from SHORTEST up to `max_len`. A row that outgrows its class moves to the next. A
+    slab without rows is dropped, but for the shortest: what most chats need stays in place.
     """
 
     SHORTEST = 256
 
-    def __init__(self, shape: KVShape, max_len: int) -> None:
+    def __init__(self, shape: KVShape, max_len: int, max_rows: int) -> None:
         self._shape = shape
         self._max_len = max_len
+        # On a CPU room costs nothing until it is used.
+        self._first_capacity = max_rows if shape.device.type == "cpu" else 1
         self._slabs: dict[int, Slab] = {}  # by class
         self._rows: dict[int, list[Row]] = {}
         self._classes: dict[Row, int] = {}
@@ -176,13 +178,15 @@ class RowCache(Generic[Row]):
         if at < len(rows):
             rows[at] = last
             filled = self._lengths[last] + 1
-            slab.kv[:, at, :, :, :filled] = slab.kv[:, len(rows), :, :, :filled]
+            slab.kv[at, ..., :filled, :] = slab.kv[len(rows), ..., :filled, :]
             if not is_clean:
-                slab.kv[:, at, :, :, filled:] = 0.0
+                slab.kv[at, ..., filled:, :] = 0.0
         elif not is_clean:
-            slab.kv[:, at] = 0.0
+            slab.kv[at] = 0.0
         if not rows:
-            del self._slabs[length], self._rows[length]
+            del self._rows[length]
+            if length > self.SHORTEST:
+                del self._slabs[length]
 
     def arrange(self, lengths: Mapping[Row, int]) -> list[tuple[Slab, list[Row]]]:
         """Make room for one token more in every row, of now lengths[row] tokens; returns the slabs
@@ -191,7 +195,7 @@ class RowCache(Generic[Row]):
             self._lengths[row] = length
             if length >= self._classes[row]:
                 slab, rows = self._slabs[self._classes[row]], self._rows[self._classes[row]]
-                held = slab.kv[:, rows.index(row), :, :, :length].clone()
+                held = slab.kv[rows.index(row), ..., :length, :].clone()
                 self.leave(row)
                 self._enter(row, held, length)
         return [(self._slabs[length], self._rows[length]) for length in sorted(self._rows)]
@@ -199,9 +203,11 @@ class RowCache(Generic[Row]):
     def _enter(self, row: Row, kv: Tensor, length: int) -> None:
         """A new row with room for one token more: kv (L, 2, H, length, Dh)."""
         row_class = self.footprint(length + 1, self._max_len)
-        slab = self._slabs.setdefault(row_class, Slab(self._shape, row_class))
+        slab = self._slabs.get(row_class)
+        if slab is None:
+            slab = self._slabs[row_class] = Slab(self._shape, row_class, self._first_capacity)
         rows = self._rows.setdefault(row_class, [])
         slab.fit(len(rows) + 1)
-        slab.kv[:, len(rows), :, :, :length] = kv
+        slab.kv[len(rows), ..., :length, :] = kv
         rows.append(row)
         self._classes[row], self._lengths[row] = row_class, length

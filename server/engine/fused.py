@@ -153,14 +153,18 @@ def _row_mask(rows: Rows, dtype: torch.dtype) -> Tensor:
 
 
 class _Norm:
-    """RMS norm of a float32 stream."""
+    """RMS norm of a float32 stream, in half the operations of `nn.functional.rms_norm`, which has
+    no kernel of its own on a CPU."""
 
     def __init__(self, module: Any) -> None:
         self._weight = module.weight.detach().float()
-        self._eps = module.variance_epsilon
+        self._eps = torch.tensor(module.variance_epsilon, device=self._weight.device)
+        self._per_number = 1.0 / len(self._weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden, self._weight.shape, self._weight, self._eps)
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, length, length, value=self._per_number).rsqrt_()
+        return torch.mul(hidden, scale).mul_(self._weight)
 
 
 class _Layer:

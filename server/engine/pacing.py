@@ -20,14 +20,19 @@ class Pacer:
     _decode_s: dict[int, float] = field(default_factory=dict)  # by number of rows
     _token_s: float | None = None
 
-    def budget(self, num_rows: int) -> int:
-        """Tokens of prefill for the next step beside `num_rows` running rows."""
+    def budget(self, num_rows: int, num_waiting: int) -> int:
+        """Tokens of prefill for the next step, which `num_rows` running rows have to wait for.
+
+        Where more requests wait for their first token than rows run, they count as much: the
+        stretch grows with their number. So a burst that meets one early stream does not crawl.
+        """
         decode_s = self._decode_s.get(num_rows)
         if num_rows == 0:
             return self.max_chunk
         if decode_s is None or self._token_s is None:
             return min(self.max_chunk, 4 * MIN_CHUNK)
-        affordable = int((MAX_STRETCH - 1) * decode_s / self._token_s)
+        weight = max(1.0, num_waiting / num_rows)
+        affordable = int(weight * (MAX_STRETCH - 1) * decode_s / self._token_s)
         return min(self.max_chunk, max(MIN_CHUNK, affordable))
 
     def observe(self, step_s: float, num_prefilled: int, num_rows: int) -> None:

@@ -83,6 +83,11 @@ class Scheduler:
             self.waiting.remove(active)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self.waiting) + len(self.prefilling)
+
+    @property
     def is_idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.rows)
 

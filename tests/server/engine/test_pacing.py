@@ -12,7 +12,7 @@ def settled(token_s: float, max_chunk: int = 512, decode_s: float = DECODE_S) ->
     """After 100 steps, every other one with as much prefill as was allotted."""
     pacer = Pacer(max_chunk)
     for _ in range(50):
-        num_prefilled = pacer.budget(NUM_ROWS)
+        num_prefilled = pacer.budget(NUM_ROWS, 1)
         pacer.observe(decode_s + num_prefilled * token_s, num_prefilled, NUM_ROWS)
         pacer.observe(decode_s, 0, NUM_ROWS)
     return pacer
@@ -21,7 +21,7 @@ def settled(token_s: float, max_chunk: int = 512, decode_s: float = DECODE_S) ->
 @pytest.mark.parametrize("token_s", [0.00006, 0.0001, 0.001])
 def test_the_budget_becomes_what_keeps_a_step_within_its_stretch(token_s: float) -> None:
     """The first step's tokens look dearer than they are: no decode step was seen before it."""
-    budget = settled(token_s).budget(NUM_ROWS)
+    budget = settled(token_s).budget(NUM_ROWS, 1)
     assert budget == pytest.approx((MAX_STRETCH - 1) * DECODE_S / token_s, rel=0.05)
     assert DECODE_S + budget * token_s <= MAX_STRETCH * DECODE_S
 
@@ -29,44 +29,51 @@ def test_the_budget_becomes_what_keeps_a_step_within_its_stretch(token_s: float)
 @pytest.mark.parametrize(("token_s", "expected"), [(1e-6, 512), (1.0, MIN_CHUNK)])
 def test_the_budget_has_bounds(token_s: float, expected: int) -> None:
     """Prefill that is dear goes on in small chunks; a step never takes more than the maximum."""
-    assert settled(token_s).budget(NUM_ROWS) == expected
+    assert settled(token_s).budget(NUM_ROWS, 1) == expected
 
 
 def test_a_maximum_below_the_minimum_holds() -> None:
-    assert settled(1.0, max_chunk=7).budget(NUM_ROWS) == 7
-    assert Pacer(7).budget(NUM_ROWS) == 7
+    assert settled(1.0, max_chunk=7).budget(NUM_ROWS, 1) == 7
+    assert Pacer(7).budget(NUM_ROWS, 1) == 7
 
 
 def test_while_no_row_waits_a_step_takes_the_whole_chunk() -> None:
-    assert Pacer(512).budget(0) == 512
-    assert settled(1.0).budget(0) == 512
+    assert Pacer(512).budget(0, 1) == 512
+    assert settled(1.0).budget(0, 1) == 512
 
 
 def test_before_anything_was_measured_the_budget_is_small() -> None:
     pacer = Pacer(512)
-    assert pacer.budget(NUM_ROWS) == 4 * MIN_CHUNK
+    assert pacer.budget(NUM_ROWS, 1) == 4 * MIN_CHUNK
     pacer.observe(0.1, 100, 0)  # prefill alone: what a decode step takes is still unknown
-    assert pacer.budget(NUM_ROWS) == 4 * MIN_CHUNK
+    assert pacer.budget(NUM_ROWS, 1) == 4 * MIN_CHUNK
     pacer.observe(DECODE_S, 0, NUM_ROWS)
-    assert pacer.budget(NUM_ROWS) == int((MAX_STRETCH - 1) * DECODE_S / 0.001)
+    assert pacer.budget(NUM_ROWS, 1) == int((MAX_STRETCH - 1) * DECODE_S / 0.001)
 
 
 def test_what_a_decode_step_takes_is_known_by_its_number_of_rows() -> None:
     pacer = settled(0.0001)
     pacer.observe(10 * DECODE_S, 0, 2 * NUM_ROWS)
-    assert pacer.budget(NUM_ROWS) == pytest.approx(250, rel=0.05)
-    assert pacer.budget(2 * NUM_ROWS) == 512
+    assert pacer.budget(NUM_ROWS, 1) == pytest.approx(250, rel=0.05)
+    assert pacer.budget(2 * NUM_ROWS, 1) == 512
 
 
 def test_a_step_with_prefill_that_was_faster_than_one_without_counts_as_cheap_not_free() -> None:
     pacer = Pacer(512)
     pacer.observe(DECODE_S, 0, NUM_ROWS)
     pacer.observe(DECODE_S / 2, 100, NUM_ROWS)
-    assert pacer.budget(NUM_ROWS) == 512
+    assert pacer.budget(NUM_ROWS, 1) == 512
 
 
 def test_one_step_that_was_held_up_does_not_stop_prefill() -> None:
     pacer = settled(0.0001)
-    before = pacer.budget(NUM_ROWS)
+    before = pacer.budget(NUM_ROWS, 1)
     pacer.observe(10 * DECODE_S, before, NUM_ROWS)
-    assert before / 3 < pacer.budget(NUM_ROWS) < before
+    assert before / 3 < pacer.budget(NUM_ROWS, 1) < before
+
+
+def test_where_more_wait_than_run_the_stretch_grows_with_their_number() -> None:
+    pacer = settled(0.0001, max_chunk=2000)
+    alone = pacer.budget(NUM_ROWS, NUM_ROWS)
+    assert pacer.budget(NUM_ROWS, 1) == alone
+    assert pacer.budget(NUM_ROWS, 3 * NUM_ROWS) == pytest.approx(3 * alone, rel=0.02)
