@@ -230,9 +230,9 @@ def start_engine() -> Iterator[Callable[..., EngineUnderTest]]:
 
 Serve = Callable[..., EngineUnderTest]
 FUSED = [name for name in BUILDERS if can_fuse(BUILDERS[name]().model)]
-# Every family as it is served, and once each what the eager decoder has to do with: one axis of
-# positions and three (with masks of more than one kind, Gemma 3 is eager anyway).
-SERVED = [(name, "auto") for name in BUILDERS] + [("llava", "eager"), ("qwen2_vl", "eager")]
+# Every family as it is served, and one of those that are fused by the eager decoder too, whose
+# other cases are Gemma 3's (masks of two kinds) and test_fused.py's (three axes of positions).
+SERVED = [(name, "auto") for name in BUILDERS] + [("llava", "eager")]
 
 
 @pytest.fixture(params=SERVED, ids=[f"{name}-{decoder}" for name, decoder in SERVED])

@@ -23,9 +23,11 @@ from server.engine.types import (
     Finished,
     InputError,
     NotAcceptingError,
+    OnError,
     PromptTooLongError,
     QueueFullError,
     RequestTimings,
+    TextEvent,
 )
 from tests.server.engine.conftest import (
     TOLERANCE,
@@ -181,7 +183,7 @@ def test_requests_wait_for_memory_and_all_get_their_answer(
     answers = [
         under_test.ask(
             "Hi",
-            max_tokens=300 if number % 3 == 0 else 30,
+            max_tokens=240 if number % 3 == 0 else 30,
             on_event=lambda _e: seen.append(under_test.engine._runner._rows.size),
         )
         for number in range(10)
@@ -240,6 +242,41 @@ def test_a_prompt_that_cannot_be_embedded_fails_alone(
         end = under_test.ask("", inputs=EngineInputs(broken)).wait().terminal
     assert isinstance(end, Failed) and "4 image placeholders but 8 image features" in end.message
     assert isinstance(neighbour.wait().terminal, Finished)
+
+
+@pytest.mark.parametrize("decoder", ["eager", "auto"])
+@pytest.mark.parametrize("on_error", ["reject", "serve-unsteered"])
+@pytest.mark.parametrize("how", ["picture", "numbers"])
+def test_a_shift_that_cannot_be_measured_falls_under_on_error(
+    tiny_llava: TinyModel, start_engine: Start, decoder: str, on_error: OnError, how: str
+) -> None:
+    """Never served unsteered in silence; the neighbours go on."""
+    caches = {"prefix_cache_bytes": 1 << 20, "vision_cache_bytes": 1 << 20}
+    under_test = start_engine(tiny_llava, decoder=decoder, **caches)
+    prompt, images = "What is in the picture?", [picture(1)]
+    inputs = under_test.inputs(prompt, images, "blank")
+    assert inputs.pair is not None
+    (blank,) = inputs.pair.corrupted.images
+    tensors = dict(blank.tensors)
+    if how == "picture":
+        tensors = {name: torch.cat([tensor] * 2) for name, tensor in tensors.items()}
+    else:
+        tensors["pixel_values"] = torch.full_like(tensors["pixel_values"], float("nan"))
+    broken = replace(blank, tensors=tensors, digest="broken")
+    pair = replace(inputs.pair, corrupted=replace(inputs.pair.corrupted, images=(broken,)))
+    plan = sample_plan()
+    neighbour = under_test.ask("Hi", [picture(2)], sample=plan, max_tokens=30)
+    answer = under_test.ask(
+        prompt, inputs=replace(inputs, pair=pair), sample=plan, on_error=on_error
+    ).wait()
+    assert isinstance(neighbour.wait().terminal, Finished)
+    if on_error == "reject":
+        assert isinstance(answer.terminal, Failed)
+        assert "steering failed" in answer.terminal.message
+        assert not any(isinstance(event, TextEvent) for event in answer.events)
+        return
+    assert answer.applied.failure
+    assert_equals_reference(tiny_llava, answer, prompt, images, None)
 
 
 def test_logits_that_are_not_numbers_end_the_request_and_leave_no_trace(
