@@ -359,7 +359,7 @@ def test_a_decode_that_breaks_ends_every_request_once(start_engine: Start) -> No
     def broken_leave(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    under_test.engine._runner.leave = broken_leave  # type: ignore[method-assign]
+    under_test.engine._runner.leave = broken_leave  # type: ignore[assignment,method-assign]
     with under_test.slow():
         answers = [under_test.ask("Hi", max_tokens=k) for k in (4, 60, 60)]
         for answer in answers:
@@ -453,7 +453,7 @@ def test_bfloat16_keeps_its_dtype_and_steers_by_what_was_planned(
     under_test = start_engine(half, decoder=decoder)
     delta = 1e-3 * random_delta(half)
     seen: set[torch.dtype] = set()
-    tables: list[torch.Tensor] = []
+    tables: list[torch.Tensor | None] = []
     layer = half.model.get_decoder().layers[1]  # the eager decoder's own
     handle = layer.register_forward_hook(lambda _m, _a, out: seen.add(out.dtype))
     answer = under_test.ask(
@@ -464,6 +464,7 @@ def test_bfloat16_keeps_its_dtype_and_steers_by_what_was_planned(
     ).wait()
     handle.remove()
     assert isinstance(answer.terminal, Finished)
+    assert tables[-1] is not None
     table = tables[-1][:, 0]
     if decoder == "eager":
         assert seen == {torch.bfloat16} and table.dtype == torch.bfloat16
@@ -580,7 +581,10 @@ def test_nothing_is_kept_of_requests_that_have_ended(
             steering = (
                 {"delta": random_delta(tiny_llava) * float("inf")} if number % 10 == 9 else {}
             )
-        params = {"max_tokens": chance.randrange(1, 30), "n": chance.choice([1, 1, 2])}
+        params: dict[str, Any] = {
+            "max_tokens": chance.randrange(1, 30),
+            "n": chance.choice([1, 1, 2]),
+        }
         prompt = "x" * chance.choice([300, chance.randrange(80), chance.randrange(80)])
         answers.append(under_test.ask(prompt, images, on_event=look, **steering, **params))
         if chance.random() < 0.3:

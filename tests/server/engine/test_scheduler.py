@@ -159,6 +159,7 @@ def test_a_requests_three_prompts_end_in_one_step(budget: int) -> None:
     sched.add(measuring)
     steps = [sched.schedule(budget)]
     while not any(chunk.is_last for chunk in steps[-1]):
+        assert steps[-1], "every step makes progress"
         steps.append(sched.schedule(budget))
     assert [chunk.state.role for chunk in steps[-1]] == ["corrupted", "text-only", "own"]
     assert all(chunk.is_last for chunk in steps[-1])
