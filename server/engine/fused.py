@@ -257,6 +257,7 @@ class _Steering:
         plans = [shift.plan for _, shift in shifts]
         self._shift = SampleShift(plans, num_layers, device) if plans else None
         self._rows = batch.deltas
+        self._row_states: Tensor | None = None
         self._first_row = packing.first_row
         self._is_idle = not deltas and not plans and batch.deltas is None
 
@@ -272,7 +273,9 @@ class _Steering:
             delta = self._shift.at(layer, hidden[self._corrupted], hidden[self._text_only])
             hidden.index_add_(0, self._measured, delta, alpha=-1)
         if self._rows is not None:
-            hidden[self._first_row :] -= self._rows[layer]
+            if self._row_states is None:  # the stream is one tensor, changed in place throughout
+                self._row_states = hidden[self._first_row :]
+            self._row_states.sub_(self._rows[layer])
         self.inject_s += time.perf_counter() - started
 
     def shifts(self) -> dict[int, tuple[Tensor, Tensor]]:
