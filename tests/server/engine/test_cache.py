@@ -116,8 +116,8 @@ def test_what_an_unclean_row_held_reaches_nobody(leaving: int) -> None:
     """A masked NaN still makes the score's product one."""
     cache: RowCache[int] = RowCache(SHAPE, 256, 4)
     for row in range(3):
-        cache.join(row, filled(20, float("nan") if row == leaving else 1.0))
-    lengths = {row: 20 for row in range(3)}
+        cache.join(row, filled(40, float("nan")) if row == leaving else filled(20, 1.0))
+    lengths = {row: 40 if row == leaving else 20 for row in range(3)}
     cache.arrange(lengths)
     cache.leave(leaving, is_clean=False)
     del lengths[leaving]

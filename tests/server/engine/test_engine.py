@@ -548,6 +548,30 @@ def test_more_requests_than_rows_each_end_once_and_in_full(
         assert len(answer.token_ids()) == k % 7 + 1
 
 
+def test_a_prompts_cache_is_given_back_when_it_has_its_row(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    under_test = start_engine(tiny_llava)
+    runner = under_test.engine._runner
+    caches: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    admit = runner.admit
+
+    def watch(active: ActiveRequest) -> None:
+        admit(active)
+        caches.extend(weakref.ref(state.cache) for state in active.prompts)
+
+    runner.admit = watch  # type: ignore[method-assign]
+    under_test.ask(
+        "Hi",
+        [picture(1)],
+        sample=sample_plan(),
+        on_event=lambda _e: alive.append(sum(ref() is not None for ref in caches)),
+    ).wait()
+    assert len(caches) == 3
+    assert alive[0] == 3 and not any(alive[2:]), "from the second token on"
+
+
 def test_nothing_is_kept_of_requests_that_have_ended(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
@@ -595,6 +619,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(
     assert max(prefix for prefix, _ in used) > 0.8 * budgets["prefix_cache_bytes"]
     assert max(prefix for prefix, _ in used) <= budgets["prefix_cache_bytes"]
     assert 0 < max(vision for _, vision in used) <= budgets["vision_cache_bytes"]
+    under_test.ask("x" * 300, max_tokens=3, on_event=look).wait()  # the last is a long one
     kept = [*runner.prefix._blocks._tensors.values(), *runner.vision._features._tensors.values()]
     own_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept)
     assert own_bytes == runner.prefix.num_bytes + runner.vision.num_bytes
