@@ -66,26 +66,49 @@ class PromptCache:
 
 
 class Slab:
-    """The KV of rows of one length class: (capacity, L, 2, H, length, Dh), dense from row 0 on.
+    """The KV of rows of one length class, dense from row 0 on.
 
-    Beyond a row's tokens lies what earlier rows left, finite and masked: a masked position still
-    multiplies its value by zero.
+    keys (L, capacity, H, Dh, length), values (L, capacity, H, length, Dh): a decode step's two
+    products then read both as they lie, for all rows and heads in one call. Beyond a row's tokens
+    lies what earlier rows left, finite and masked: a masked position still multiplies its value
+    by zero.
     """
 
     def __init__(self, shape: KVShape, length: int, capacity: int = 1) -> None:
         self._shape = shape
         self.length = length
-        self.kv = self._zeros(capacity)
+        self._make(capacity)
         self._write: tuple[Tensor, Tensor] | None = None
         self._live = 0
 
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
     def fit(self, num_rows: int) -> None:
         """Make room for `num_rows` rows, keeping what is there."""
-        capacity = len(self.kv)
-        if num_rows > capacity:
-            grown = self._zeros(max(num_rows, 2 * capacity))
-            grown[:capacity] = self.kv
-            self.kv = grown
+        if num_rows <= self.capacity:
+            return
+        keys, values = self.keys, self.values
+        self._make(max(num_rows, 2 * self.capacity))
+        self.keys[:, : keys.shape[1]] = keys
+        self.values[:, : values.shape[1]] = values
+
+    def put(self, row: int, kv: Tensor) -> None:
+        """Write a row's first tokens: kv (L, 2, H, T, Dh)."""
+        length = kv.shape[3]
+        self.keys[:, row, :, :, :length] = kv[:, 0].transpose(-1, -2)
+        self.values[:, row, :, :length] = kv[:, 1]
+
+    def get(self, row: int, length: int) -> Tensor:
+        """A copy of a row's first tokens, (L, 2, H, length, Dh)."""
+        keys = self.keys[:, row, :, :, :length].transpose(-1, -2)
+        return torch.stack([keys, self.values[:, row, :, :length]], dim=1)
+
+    def clear(self, row: int, start: int = 0) -> None:
+        """Zero a row from token `start` on."""
+        self.keys[:, row, :, :, start:] = 0.0
+        self.values[:, row, :, start:] = 0.0
 
     def begin(self, lengths: Tensor, longest: int) -> None:
         """The next pass adds one token to each of the first B rows, at index lengths (B,), of
@@ -93,31 +116,43 @@ class Slab:
         self._write = (torch.arange(len(lengths), device=lengths.device), lengths)
         self._live = longest + 1
 
-    def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """kv (B, 2, H, Dh): store it and return keys and values, (B, H, longest + 1, Dh) each."""
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """key, value (B, H, Dh): store them and return all, each head's by itself:
+        keys (B * H, Dh, longest + 1), values (B * H, longest + 1, Dh)."""
         assert self._write is not None, "begin comes first"
         rows, at = self._write
-        own = self.kv[:, layer]
-        own[rows, :, :, at] = kv
-        live = own[: len(rows), :, :, : self._live]
-        return live[:, 0], live[:, 1]
+        keys, values = self.keys[layer], self.values[layer]
+        keys[rows, :, :, at] = key
+        values[rows, :, at] = value
+        live = len(rows)
+        return (
+            keys[:live].flatten(0, 1)[:, :, : self._live],
+            values[:live].flatten(0, 1)[:, : self._live],
+        )
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """key, value (B, H, 1, Dh): store them and return all, as `append` does."""
-        return self.append(layer, torch.stack([key[:, :, 0], value[:, :, 0]], dim=1))
+        """key, value (B, H, 1, Dh): store them and return all, (B, H, longest + 1, Dh) each."""
+        keys, values = self.append(layer, key[:, :, 0], value[:, :, 0])
+        size = key.shape[:2]
+        return keys.unflatten(0, size).transpose(-1, -2), values.unflatten(0, size)
 
-    def _zeros(self, capacity: int) -> Tensor:
-        """Zeros, because uninitialised memory may hold NaN.
-
-        On a CPU the system hands them out page by page as they are written, so that room for a
-        long row costs nothing before it is used.
-        """
+    def _make(self, capacity: int) -> None:
         shape = self._shape
-        size = (capacity, shape.num_layers, 2, shape.num_heads, self.length, shape.head_dim)
-        if shape.device.type != "cpu":
-            return torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        num_bytes = math.prod(size) * shape.dtype.itemsize
-        return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(shape.dtype).view(size)
+        rows = (shape.num_layers, capacity, shape.num_heads)
+        self.keys = _zeros((*rows, shape.head_dim, self.length), shape)
+        self.values = _zeros((*rows, self.length, shape.head_dim), shape)
+
+
+def _zeros(size: tuple[int, ...], shape: KVShape) -> Tensor:
+    """Zeros, because uninitialised memory may hold NaN.
+
+    On a CPU the system hands them out page by page as they are written, so that room for a long
+    row costs nothing before it is used.
+    """
+    if shape.device.type != "cpu":
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    num_bytes = math.prod(size) * shape.dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(shape.dtype).view(size)
 
 
 Row = TypeVar("Row", bound=Hashable)
@@ -163,7 +198,7 @@ class RowCache(Generic[Row]):
 
     def join(self, row: Row, prompt: PromptCache) -> None:
         """Copy a prompt's KV into a new row, with room for one token more."""
-        self._enter(row, prompt.kv, prompt.length)
+        self._enter(row, prompt.kv)
 
     def leave(self, row: Row, is_clean: bool = True) -> None:
         """Free a row; the last one of its slab moves into the gap.
@@ -178,11 +213,11 @@ class RowCache(Generic[Row]):
         if at < len(rows):
             rows[at] = last
             filled = self._lengths[last] + 1
-            slab.kv[at, ..., :filled, :] = slab.kv[len(rows), ..., :filled, :]
+            slab.put(at, slab.get(len(rows), filled))
             if not is_clean:
-                slab.kv[at, ..., filled:, :] = 0.0
+                slab.clear(at, start=filled)
         elif not is_clean:
-            slab.kv[at] = 0.0
+            slab.clear(at)
         if not rows:
             del self._rows[length]
             if length > self.SHORTEST:
@@ -195,19 +230,20 @@ class RowCache(Generic[Row]):
             self._lengths[row] = length
             if length >= self._classes[row]:
                 slab, rows = self._slabs[self._classes[row]], self._rows[self._classes[row]]
-                held = slab.kv[rows.index(row), ..., :length, :].clone()
+                held = slab.get(rows.index(row), length)
                 self.leave(row)
-                self._enter(row, held, length)
+                self._enter(row, held)
         return [(self._slabs[length], self._rows[length]) for length in sorted(self._rows)]
 
-    def _enter(self, row: Row, kv: Tensor, length: int) -> None:
+    def _enter(self, row: Row, kv: Tensor) -> None:
         """A new row with room for one token more: kv (L, 2, H, length, Dh)."""
+        length = kv.shape[3]
         row_class = self.footprint(length + 1, self._max_len)
         slab = self._slabs.get(row_class)
         if slab is None:
             slab = self._slabs[row_class] = Slab(self._shape, row_class, self._first_capacity)
         rows = self._rows.setdefault(row_class, [])
         slab.fit(len(rows) + 1)
-        slab.kv[len(rows), ..., :length, :] = kv
+        slab.put(len(rows), kv)
         rows.append(row)
         self._classes[row], self._lengths[row] = row_class, length

@@ -130,7 +130,7 @@ class _Packing:
         for rows in batch.slabs:
             place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
             rows.slab.begin(rows.lengths, rows.longest)
-            self.slabs.append((rows.slab, place, _row_mask(rows, dtype)))
+            self.slabs.append((rows.slab, place, _row_mask(rows)))
         rows_range = range(self.first_row, end)
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
@@ -145,11 +145,11 @@ def _chunk_mask(chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def _row_mask(rows: Rows, dtype: torch.dtype) -> Tensor:
-    """(B, 1, 1, longest + 1): a row sees its own tokens and the new one."""
+def _row_mask(rows: Rows) -> Tensor:
+    """(B, 1, longest + 1) float32: a row sees its own tokens and the new one."""
     hidden = torch.arange(rows.longest + 1, device=rows.lengths.device) > rows.lengths[:, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=rows.lengths.device)
-    return mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+    mask = torch.zeros(hidden.shape, device=rows.lengths.device)
+    return mask.masked_fill_(hidden, -torch.inf)[:, None]
 
 
 class _Norm:
@@ -213,8 +213,10 @@ class _Layer:
             keys, values = chunk.cache.append(self._layer, kv[place].permute(1, 2, 0, 3))
             parts.append(self._attend_chunk(q[place], keys, values, mask))
         for slab, place, row_mask in packing.slabs:
-            keys, values = slab.append(self._layer, kv[place])
-            parts.append(self._attend(q[place], keys, values, row_mask).flatten(1))
+            key, value = kv[place].unbind(1)
+            parts.append(
+                self._attend_rows(q[place], *slab.append(self._layer, key, value), row_mask)
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_chunk(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -226,14 +228,24 @@ class _Layer:
         q = q.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * num_tokens, self._head_dim)
         if mask is not None:
             mask = mask.repeat(group, 1)
-        out = self._attend(q, keys[None], values[None], mask)
+        out = nn.functional.scaled_dot_product_attention(
+            q, keys[None], values[None], attn_mask=mask, scale=self._scaling
+        )
         out = out.view(num_kv_heads, group, num_tokens, self._head_dim)
         return out.permute(2, 0, 1, 3).reshape(num_tokens, -1)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, scale=self._scaling
-        )
+    def _attend_rows(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """q (B, H, G, Dh), keys (B * H, Dh, S), values (B * H, S, Dh) -> (B, Hq * Dh).
+
+        Two batched products: with so few queries a head, the flash kernel of a CPU spends its
+        time on calls, one after the other.
+        """
+        num_rows, num_kv_heads = q.shape[:2]
+        scores = torch.bmm(q.flatten(0, 1), keys).float().mul_(self._scaling)
+        scores = scores.view(num_rows, -1, scores.shape[-1]).add_(mask)  # (B, Hq, S)
+        weights = scores.softmax(dim=-1).to(values.dtype)
+        out = torch.bmm(weights.view(num_rows * num_kv_heads, -1, weights.shape[-1]), values)
+        return out.view(num_rows, -1)
 
 
 class _Steering:

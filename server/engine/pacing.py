@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 # scatter, and prefill of a long prompt gets dearer towards its end.
 MAX_STRETCH = 2.25
 MIN_CHUNK = 16
+LONG_STEP_EVERY = 128  # steps, so that the 99th percentile of the gaps does not see the long ones
 _WEIGHT = 0.2  # of the newest measurement in the running means
 
 
@@ -19,20 +20,24 @@ class Pacer:
     max_chunk: int
     _decode_s: dict[int, float] = field(default_factory=dict)  # by number of rows
     _token_s: float | None = None
+    _num_since_long: int = LONG_STEP_EVERY
 
     def budget(self, num_rows: int, num_waiting: int) -> int:
         """Tokens of prefill for the next step, which `num_rows` running rows have to wait for.
 
-        Where more requests wait for their first token than rows run, they count as much: the
-        stretch grows with their number. So a burst that meets one early stream does not crawl.
+        When a burst of requests meets a few early streams, one long step in LONG_STEP_EVERY serves
+        the many at the price of one gap of the few.
         """
-        decode_s = self._decode_s.get(num_rows)
+        self._num_since_long += 1
         if num_rows == 0:
             return self.max_chunk
+        if num_waiting >= 2 * num_rows and self._num_since_long > LONG_STEP_EVERY:
+            self._num_since_long = 0
+            return self.max_chunk
+        decode_s = self._decode_s.get(num_rows)
         if decode_s is None or self._token_s is None:
             return min(self.max_chunk, 4 * MIN_CHUNK)
-        weight = max(1.0, num_waiting / num_rows)
-        affordable = int(weight * (MAX_STRETCH - 1) * decode_s / self._token_s)
+        affordable = int((MAX_STRETCH - 1) * decode_s / self._token_s)
         return min(self.max_chunk, max(MIN_CHUNK, affordable))
 
     def observe(self, step_s: float, num_prefilled: int, num_rows: int) -> None:

@@ -82,7 +82,7 @@ class SelfCheck:
             hidden = decoder.run(Batch(chunks=(chunk,))).hidden
         logits = [decoder.logits(hidden)]
         slab = Slab(shape, len(prompt) + NUM_STEPS)
-        slab.kv[0, ..., : len(prompt), :] = cache.kv
+        slab.put(0, cache.kv)
         for step, token in enumerate(self._answer):
             logits.append(decoder.logits(self._step(decoder, slab, token, step)))
         return torch.cat(logits)

@@ -56,7 +56,7 @@ def test_a_slab_gives_its_rows_keys_up_to_the_longest() -> None:
     slab = Slab(SHAPE, length=100)
     slab.fit(3)
     for row, length in enumerate((10, 80, 80)):
-        slab.kv[row, ..., :length, :] = filled(length, row + 1.0).kv
+        slab.put(row, filled(length, row + 1.0).kv)
     slab.begin(torch.tensor([10, 80, 80]), longest=80)
     new = torch.tensor([7.0, 8.0, 9.0])[:, None, None, None].expand(3, 1, 1, 2)
     keys, values = slab.update(new, -new, 1)
@@ -64,17 +64,18 @@ def test_a_slab_gives_its_rows_keys_up_to_the_longest() -> None:
     assert keys[0, 0, :, 0].tolist() == [1.0] * 10 + [7.0] + [0.0] * 70
     assert keys[1, 0, :, 0].tolist() == [2.0] * 80 + [8.0]
     assert values[2, 0, :, 0].tolist() == [-3.0] * 80 + [-9.0]
-    assert slab.kv[:, 0, ..., 80:, :].eq(0).all(), "the other layer is as it was"
+    assert slab.values[0, ..., 80:, :].eq(0).all(), "the other layer is as it was"
 
 
 def test_room_for_more_rows_keeps_those_that_are_there() -> None:
     slab = Slab(SHAPE, length=8)
-    slab.kv[0] = 5.0
+    slab.values[:, 0] = slab.keys[:, 0] = 5.0
     slab.fit(2)
-    slab.kv[1] = 6.0
+    slab.values[:, 1] = slab.keys[:, 1] = 6.0
     slab.fit(3)
-    assert len(slab.kv) >= 3
-    assert slab.kv[:3].mean(dim=(1, 2, 3, 4, 5)).tolist() == [5.0, 6.0, 0.0]
+    assert slab.capacity >= 3
+    for tensor in (slab.keys, slab.values):
+        assert tensor[:, :3].mean(dim=(0, 2, 3, 4)).tolist() == [5.0, 6.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,8 @@ def test_a_row_that_outgrows_its_class_takes_its_keys_along() -> None:
     assert (rows, slab.length) == (["long", "short"], 256)
     (short, short_rows), (long, long_rows) = cache.arrange({"long": 256, "short": 11})
     assert (short_rows, long_rows, long.length) == (["short"], ["long"], 512)
-    assert long.kv[0, :, 0, :, :255].eq(1.0).all() and long.kv[0, :, 1, :, :255].eq(-1.0).all()
-    assert short.kv[0, :, 0, :, :10].eq(2.0).all()
+    assert long.get(0, 255)[:, 0].eq(1.0).all() and long.get(0, 255)[:, 1].eq(-1.0).all()
+    assert short.get(0, 10)[:, 0].eq(2.0).all()
     assert cache.size == 256 + 512
 
 
@@ -122,7 +123,7 @@ def test_what_an_unclean_row_held_reaches_nobody(leaving: int) -> None:
     cache.leave(leaving, is_clean=False)
     del lengths[leaving]
     ((slab, _),) = cache.arrange(lengths)
-    assert slab.kv.isfinite().all()
+    assert slab.keys.isfinite().all() and slab.values.isfinite().all()
 
 
 def test_random_rows_keep_their_keys() -> None:
@@ -149,11 +150,11 @@ def test_random_rows_keep_their_keys() -> None:
             slab.begin(lengths, int(lengths.max()))
             new = torch.randn(2, len(rows), 2, 1, 2)
             for layer in range(2):
-                slab.append(layer, new[layer])
+                slab.append(layer, *new[layer].unbind(1))
             for at, row in enumerate(rows):
                 expected[row] = torch.cat([expected[row], new[:, at, :, :, None]], dim=3)
                 length = expected[row].shape[3]
-                assert torch.equal(slab.kv[at, ..., :length, :], expected[row])
+                assert torch.equal(slab.get(at, length), expected[row])
     assert cache.size == sum(RowCache.footprint(kv.shape[3], 600) for kv in expected.values())
 
 

@@ -148,7 +148,8 @@ class Batches:
 
     def _slab(self, room: int, lengths: list[int]) -> tuple[Slab, list[int]]:
         slab = Slab(self._shape, room, capacity=4)
-        slab.kv.copy_(self._random(*slab.kv.shape))
+        slab.keys.copy_(self._random(*slab.keys.shape))
+        slab.values.copy_(self._random(*slab.values.shape))
         return slab, lengths
 
     def _rows(self, slab: Slab, lengths: list[int], at: int = 0) -> Rows:
@@ -189,7 +190,8 @@ def test_fused_equals_eager(name: str, seed: int) -> None:
         for chunk, eager_chunk in zip(batch.chunks, eager_batch.chunks, strict=True):
             close(chunk.cache.kv[..., : chunk.end, :], eager_chunk.cache.kv[..., : chunk.end, :])
         for rows, eager_rows in zip(batch.slabs, eager_batch.slabs, strict=True):
-            close(rows.slab.kv, eager_rows.slab.kv)
+            close(rows.slab.keys, eager_rows.slab.keys)
+            close(rows.slab.values, eager_rows.slab.values)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.pacing import MAX_STRETCH, MIN_CHUNK, Pacer
+from server.engine.pacing import LONG_STEP_EVERY, MAX_STRETCH, MIN_CHUNK, Pacer
 
 NUM_ROWS = 4
 DECODE_S = 0.02
@@ -72,8 +72,12 @@ def test_one_step_that_was_held_up_does_not_stop_prefill() -> None:
     assert before / 3 < pacer.budget(NUM_ROWS, 1) < before
 
 
-def test_where_more_wait_than_run_the_stretch_grows_with_their_number() -> None:
+def test_a_burst_gets_one_long_step_and_then_waits_its_turn() -> None:
     pacer = settled(0.0001, max_chunk=2000)
-    alone = pacer.budget(NUM_ROWS, NUM_ROWS)
-    assert pacer.budget(NUM_ROWS, 1) == alone
-    assert pacer.budget(NUM_ROWS, 3 * NUM_ROWS) == pytest.approx(3 * alone, rel=0.02)
+    paced = pacer.budget(NUM_ROWS, NUM_ROWS)
+    for _ in range(LONG_STEP_EVERY):
+        assert pacer.budget(NUM_ROWS, 1) == paced
+    assert pacer.budget(NUM_ROWS, 2 * NUM_ROWS) == 2000
+    for _ in range(LONG_STEP_EVERY):
+        assert pacer.budget(NUM_ROWS, 5 * NUM_ROWS) == paced
+    assert pacer.budget(NUM_ROWS, 5 * NUM_ROWS) == 2000
