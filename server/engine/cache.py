@@ -74,23 +74,26 @@ class Slab:
     by zero.
     """
 
+    SEEN_STEP = 32
+
     def __init__(self, shape: KVShape, length: int, capacity: int = 1) -> None:
         self._shape = shape
         self.length = length
+        self._views: list[tuple[Tensor, Tensor]] = []
+        self._views_of = (0, 0)
         self._make(capacity)
         self._write: tuple[Tensor, Tensor] | None = None
-        self._live = 0
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[1]
 
-    def fit(self, num_rows: int) -> None:
-        """Make room for `num_rows` rows, keeping what is there."""
+    def fit(self, num_rows: int, max_rows: int) -> None:
+        """Make room for `num_rows` rows, of at most `max_rows` ever; keeps what is there."""
         if num_rows <= self.capacity:
             return
         keys, values = self.keys, self.values
-        self._make(max(num_rows, 2 * self.capacity))
+        self._make(max(num_rows, min(2 * self.capacity, max_rows)))
         self.keys[:, : keys.shape[1]] = keys
         self.values[:, : values.shape[1]] = values
 
@@ -110,28 +113,37 @@ class Slab:
         self.keys[:, row, :, :, start:] = 0.0
         self.values[:, row, :, start:] = 0.0
 
-    def begin(self, lengths: Tensor, longest: int) -> None:
+    def begin(self, lengths: Tensor, longest: int) -> int:
         """The next pass adds one token to each of the first B rows, at index lengths (B,), of
-        which `longest` is the largest."""
+        which `longest` is the largest. Returns S, how many tokens of each row attention is given.
+
+        S grows in steps, so that a product's shape, for which the processor's library compiles a
+        kernel, is seldom a new one.
+        """
         self._write = (torch.arange(len(lengths), device=lengths.device), lengths)
-        self._live = longest + 1
+        num_seen = min(-(-(longest + 1) // self.SEEN_STEP) * self.SEEN_STEP, self.length)
+        if self._views_of != (len(lengths), num_seen):
+            self._views_of = (len(lengths), num_seen)
+            self._views = [
+                (
+                    keys[: len(lengths)].flatten(0, 1)[:, :, :num_seen],
+                    values[: len(lengths)].flatten(0, 1)[:, :num_seen],
+                )
+                for keys, values in zip(self.keys, self.values, strict=True)
+            ]
+        return num_seen
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """key, value (B, H, Dh): store them and return all, each head's by itself:
-        keys (B * H, Dh, longest + 1), values (B * H, longest + 1, Dh)."""
+        """key, value (B, H, Dh): store them and return S tokens of each row, each head's by
+        itself: keys (B * H, Dh, S), values (B * H, S, Dh)."""
         assert self._write is not None, "begin comes first"
         rows, at = self._write
-        keys, values = self.keys[layer], self.values[layer]
-        keys[rows, :, :, at] = key
-        values[rows, :, at] = value
-        live = len(rows)
-        return (
-            keys[:live].flatten(0, 1)[:, :, : self._live],
-            values[:live].flatten(0, 1)[:, : self._live],
-        )
+        self.keys[layer, rows, :, :, at] = key
+        self.values[layer, rows, :, at] = value
+        return self._views[layer]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """key, value (B, H, 1, Dh): store them and return all, (B, H, longest + 1, Dh) each."""
+        """key, value (B, H, 1, Dh): store them and return S tokens, (B, H, S, Dh) each."""
         keys, values = self.append(layer, key[:, :, 0], value[:, :, 0])
         size = key.shape[:2]
         return keys.unflatten(0, size).transpose(-1, -2), values.unflatten(0, size)
@@ -141,6 +153,7 @@ class Slab:
         rows = (shape.num_layers, capacity, shape.num_heads)
         self.keys = _zeros((*rows, shape.head_dim, self.length), shape)
         self.values = _zeros((*rows, self.length, shape.head_dim), shape)
+        self._views_of = (0, 0)
 
 
 def _zeros(size: tuple[int, ...], shape: KVShape) -> Tensor:
@@ -171,6 +184,7 @@ class RowCache(Generic[Row]):
     def __init__(self, shape: KVShape, max_len: int, max_rows: int) -> None:
         self._shape = shape
         self._max_len = max_len
+        self._max_rows = max_rows
         # On a CPU room costs nothing until it is used.
         self._first_capacity = max_rows if shape.device.type == "cpu" else 1
         self._slabs: dict[int, Slab] = {}  # by class
@@ -201,10 +215,12 @@ class RowCache(Generic[Row]):
         self._enter(row, prompt.kv)
 
     def leave(self, row: Row, is_clean: bool = True) -> None:
-        """Free a row; the last one of its slab moves into the gap.
+        """Free a row, if it has joined; the last one of its slab moves into the gap.
 
         Not clean: it holds NaN, which the row that comes after it would see through the mask.
         """
+        if row not in self._classes:
+            return
         length = self._classes.pop(row)
         del self._lengths[row]
         slab, rows = self._slabs[length], self._rows[length]
@@ -216,8 +232,8 @@ class RowCache(Generic[Row]):
             slab.put(at, slab.get(len(rows), filled))
             if not is_clean:
                 slab.clear(at, start=filled)
-        elif not is_clean:
-            slab.clear(at)
+        if not is_clean:
+            slab.clear(len(rows))  # the place that is free now: `last` may be unclean as well
         if not rows:
             del self._rows[length]
             if length > self.SHORTEST:
@@ -243,7 +259,7 @@ class RowCache(Generic[Row]):
         if slab is None:
             slab = self._slabs[row_class] = Slab(self._shape, row_class, self._first_capacity)
         rows = self._rows.setdefault(row_class, [])
-        slab.fit(len(rows) + 1)
+        slab.fit(len(rows) + 1, self._max_rows)
         slab.put(len(rows), kv)
         rows.append(row)
         self._classes[row], self._lengths[row] = row_class, length

@@ -238,8 +238,9 @@ class EmbeddedEngine:
                     self._config.prefix_cache_bytes,
                     self._config.vision_cache_bytes,
                 )
-                if self._stop_at is None:
-                    self._state, self._detail = "ready", "ready"
+                with self._accepting:
+                    if self._stop_at is None:
+                        self._state, self._detail = "ready", "ready"
                 self._started.set()
                 while self._receive():
                     self._step()
@@ -255,6 +256,7 @@ class EmbeddedEngine:
 
     def _step(self) -> None:
         """Schedule a batch, run it, apply the tokens."""
+        started = time.monotonic()
         rows = self._runner.arrange(self._scheduler.rows)
         budget = self._pacer.budget(len(rows), self._scheduler.num_waiting)
         chunks = self._embedded(self._scheduler.schedule(budget))
@@ -262,10 +264,16 @@ class EmbeddedEngine:
         self._apply(logits[len(ended) :], rows)
         for active, row_logits in zip(ended, logits, strict=False):
             self._begin_decoding(active, row_logits)
+        num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
+        self._pacer.observe(time.monotonic() - started, num_prefilled, len(rows))
 
     def _admit(self, active: ActiveRequest) -> None:
         active.started_at = time.monotonic()
-        self._runner.admit(active)
+        try:
+            self._runner.admit(active)
+        except Exception as error:  # boundary: out of memory, say; the others go on
+            logger.exception("admitting request %s failed", active.request.request_id)
+            self._fail(active, "engine", _worded(error))
 
     def _embedded(self, chunks: list[PrefillChunk]) -> list[PrefillChunk]:
         """Those whose prompts are embedded; a request whose prompt cannot be ends here."""
@@ -293,9 +301,8 @@ class EmbeddedEngine:
         """
         if not chunks and not rows:
             return [], torch.empty(0, 0)
-        started = time.monotonic()
         try:
-            logits = self._runner.run(chunks, rows)
+            return _ended(chunks), self._runner.run(chunks, rows)
         except SteeringFaultError:
             raise
         except Exception:  # boundary: as said above
@@ -303,9 +310,6 @@ class EmbeddedEngine:
                 raise
             logger.exception("a step failed; its requests run apart")
             return self._run_apart(chunks, rows)
-        num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
-        self._pacer.observe(time.monotonic() - started, num_prefilled, len(rows))
-        return _ended(chunks), logits
 
     def _run_apart(
         self, chunks: list[PrefillChunk], rows: list[Sequence]
@@ -321,26 +325,37 @@ class EmbeddedEngine:
                 raise
             except Exception as error:  # boundary: this request fails, the others go on
                 logger.exception("prefill of request %s failed", active.request.request_id)
-                self._fail(active, "engine", _worded(error))
+                if active.measures_shift:  # its pair may be at fault
+                    self._shift_failed(active, _worded(error))
+                else:
+                    self._fail(active, "engine", _worded(error))
         if rows:
             logits.append(self._runner.run([], rows))
+        logits = [part for part in logits if len(part)]  # none of a prompt that has not ended
         return ended, torch.cat(logits) if logits else torch.empty(0, 0)
 
     def _begin_decoding(self, active: ActiveRequest, logits: Tensor) -> None:
         """Fork a prefilled prompt into its choices and take their first tokens: logits (V,)."""
         if active.request.request_id not in self._accepted:
             return
-        if active.doses is not None:
+        if active.measures_shift:
+            if active.doses is None:
+                raise SteeringFaultError("a pass did not measure the shift that it was to measure")
             dose = float(active.doses.max())
             if not math.isfinite(dose):
-                self._shift_failed(active, "the shift of this request is no number")
+                self._shift_failed(active, "the request's shift came out as NaN or infinite")
                 return
             active.request.emit(SteeringApplied(dose))
         active.sequences = [
             Sequence(active, index, self._tokenizer) for index in range(active.num_rows)
         ]
         self._scheduler.join(active)
-        self._runner.join(active)
+        try:
+            self._runner.join(active)
+        except Exception as error:  # boundary: out of memory, say; the others go on
+            logger.exception("request %s got no rows", active.request.request_id)
+            self._fail(active, "engine", _worded(error))
+            return
         active.first_token_at = time.monotonic()
         self._apply(logits.expand(active.num_rows, -1), active.sequences)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.engine.batch import Batch, Chunk, Output, Rows
+from server.engine.batch import Batch, Chunk, Output
 from server.engine.cache import Slab
 from server.engine.linear import Linear
 from steering.layers import decoder_layers, text_config
@@ -35,16 +35,31 @@ FUSED_DECODERS = (
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether the model's decoder is of a shape that `FusedDecoder` runs."""
+    """Whether the model's decoder is of a shape that `FusedDecoder` runs.
+
+    Modules that stand in for a plain matrix (quantised, adapted) run as they are, by the eager
+    decoder. Raises ModelError where the layers are not those of the configuration.
+    """
     config = text_config(model)
     layer_types = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if not layer_types else None
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return (
-        type(model.get_decoder()).__name__ in FUSED_DECODERS
-        and layer_types <= {"full_attention"}
-        and not (window and getattr(config, "use_sliding_window", True))
-        and rope not in ("dynamic", "longrope")  # these turn with the batch's longest prompt
+    if (
+        type(model.get_decoder()).__name__ not in FUSED_DECODERS
+        or not layer_types <= {"full_attention"}
+        or (window and getattr(config, "use_sliding_window", True))
+        or rope in ("dynamic", "longrope")  # these turn with the batch's longest prompt
+    ):
+        return False
+    linears, norms = [model.get_output_embeddings()], [model.get_decoder().norm]
+    layers: list[Any] = [*decoder_layers(model)]
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+    return all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in linears) and all(
+        hasattr(m, "weight") and hasattr(m, "variance_epsilon") for m in norms
     )
 
 
@@ -129,8 +144,8 @@ class _Packing:
         self.first_row = end
         for rows in batch.slabs:
             place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
-            rows.slab.begin(rows.lengths, rows.longest)
-            self.slabs.append((rows.slab, place, _row_mask(rows)))
+            num_seen = rows.slab.begin(rows.lengths, rows.longest)
+            self.slabs.append((rows.slab, place, _row_mask(rows.lengths, num_seen)))
         rows_range = range(self.first_row, end)
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
@@ -145,10 +160,10 @@ def _chunk_mask(chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def _row_mask(rows: Rows) -> Tensor:
-    """(B, 1, longest + 1) float32: a row sees its own tokens and the new one."""
-    hidden = torch.arange(rows.longest + 1, device=rows.lengths.device) > rows.lengths[:, None]
-    mask = torch.zeros(hidden.shape, device=rows.lengths.device)
+def _row_mask(lengths: Tensor, num_seen: int) -> Tensor:
+    """(B, 1, num_seen) float32: a row sees its own tokens and the new one."""
+    hidden = torch.arange(num_seen, device=lengths.device) > lengths[:, None]
+    mask = torch.zeros(hidden.shape, device=lengths.device)
     return mask.masked_fill_(hidden, -torch.inf)[:, None]
 
 
@@ -206,26 +221,26 @@ class _Layer:
         rotated, (cos, sin) = qkv[:, :num_rotated], rotary
         rolled = rotated.roll(self._head_dim // 2, -1)
         torch.addcmul(rotated * cos, rolled, sin, out=rotated)
-        q = qkv[:, : self._num_heads].unflatten(1, (self._num_kv_heads, -1))  # (N, H, G, Dh)
-        kv = qkv[:, self._num_heads :].unflatten(1, (2, -1))  # (N, 2, H, Dh)
+        q, key, value = qkv.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
         parts = []
         for chunk, place, mask in packing.chunks:
-            keys, values = chunk.cache.append(self._layer, kv[place].permute(1, 2, 0, 3))
+            kv = torch.stack([key[place], value[place]]).transpose(1, 2)  # (2, H, T, Dh)
+            keys, values = chunk.cache.append(self._layer, kv)
             parts.append(self._attend_chunk(q[place], keys, values, mask))
         for slab, place, row_mask in packing.slabs:
-            key, value = kv[place].unbind(1)
-            parts.append(
-                self._attend_rows(q[place], *slab.append(self._layer, key, value), row_mask)
-            )
+            keys, values = slab.append(self._layer, key[place], value[place])
+            parts.append(self._attend_rows(q[place], keys, values, row_mask))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_chunk(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """q (T, H, G, Dh), keys and values (H, end, Dh) -> (T, Hq * Dh).
+        """q (T, Hq, Dh), keys and values (H, end, Dh) -> (T, Hq * Dh).
 
         The G query heads of a key head stand below each other, so that keys are not expanded.
         """
-        num_tokens, num_kv_heads, group, _ = q.shape
-        q = q.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * num_tokens, self._head_dim)
+        num_tokens, num_kv_heads = len(q), self._num_kv_heads
+        group = self._num_heads // num_kv_heads
+        q = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
+        q = q.reshape(1, num_kv_heads, group * num_tokens, self._head_dim)
         if mask is not None:
             mask = mask.repeat(group, 1)
         out = nn.functional.scaled_dot_product_attention(
@@ -235,16 +250,17 @@ class _Layer:
         return out.permute(2, 0, 1, 3).reshape(num_tokens, -1)
 
     def _attend_rows(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """q (B, H, G, Dh), keys (B * H, Dh, S), values (B * H, S, Dh) -> (B, Hq * Dh).
+        """q (B, Hq, Dh), keys (B * H, Dh, S), values (B * H, S, Dh) -> (B, Hq * Dh).
 
         Two batched products: with so few queries a head, the flash kernel of a CPU spends its
         time on calls, one after the other.
         """
-        num_rows, num_kv_heads = q.shape[:2]
-        scores = torch.bmm(q.flatten(0, 1), keys).float().mul_(self._scaling)
-        scores = scores.view(num_rows, -1, scores.shape[-1]).add_(mask)  # (B, Hq, S)
-        weights = scores.softmax(dim=-1).to(values.dtype)
-        out = torch.bmm(weights.view(num_rows * num_kv_heads, -1, weights.shape[-1]), values)
+        num_rows = len(q)
+        q = q.reshape(len(keys), -1, self._head_dim)  # (B * H, G, Dh)
+        # Scaled before the product, so that float16 does not overflow.
+        scores = torch.bmm(q * self._scaling, keys).view(num_rows, self._num_heads, -1)
+        weights = torch.add(mask, scores).softmax(dim=-1).to(values.dtype)
+        out = torch.bmm(weights.view(*q.shape[:2], -1), values)
         return out.view(num_rows, -1)
 
 

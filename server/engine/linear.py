@@ -17,7 +17,8 @@ class Linear:
     """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([module.weight.detach() for module in modules])
+        weights = [module.weight.detach() for module in modules]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         biases = [module.bias for module in modules if module.bias is not None]
         assert len(biases) in (0, len(modules)), "either all have a bias or none"
         self._bias = torch.cat([bias.detach() for bias in biases]) if biases else None

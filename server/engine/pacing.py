@@ -20,33 +20,47 @@ class Pacer:
     max_chunk: int
     _decode_s: dict[int, float] = field(default_factory=dict)  # by number of rows
     _token_s: float | None = None
+    _paced: int = 0  # what the last budget would have been without a long step
     _num_since_long: int = LONG_STEP_EVERY
 
     def budget(self, num_rows: int, num_waiting: int) -> int:
         """Tokens of prefill for the next step, which `num_rows` running rows have to wait for.
 
-        When a burst of requests meets a few early streams, one long step in LONG_STEP_EVERY serves
-        the many at the price of one gap of the few.
+        0 where no decode step has been seen yet: one by itself shows what it costs. When a burst of
+        requests meets a few early streams, one long step in LONG_STEP_EVERY serves the many at the
+        price of one gap of the few.
         """
-        self._num_since_long += 1
-        if num_rows == 0:
+        self._paced = self._affordable(num_rows)
+        if num_waiting >= 2 * num_rows and self._num_since_long >= LONG_STEP_EVERY:
             return self.max_chunk
-        if num_waiting >= 2 * num_rows and self._num_since_long > LONG_STEP_EVERY:
-            self._num_since_long = 0
-            return self.max_chunk
-        decode_s = self._decode_s.get(num_rows)
-        if decode_s is None or self._token_s is None:
-            return min(self.max_chunk, 4 * MIN_CHUNK)
-        affordable = int((MAX_STRETCH - 1) * decode_s / self._token_s)
-        return min(self.max_chunk, max(MIN_CHUNK, affordable))
+        return self._paced
 
     def observe(self, step_s: float, num_prefilled: int, num_rows: int) -> None:
-        """A step took `step_s` seconds."""
+        """A step took `step_s` seconds, from its scheduling to its last token."""
+        is_long = num_rows > 0 and num_prefilled > max(self._paced, MIN_CHUNK)
+        self._num_since_long = 0 if is_long else self._num_since_long + 1
         if not num_prefilled:
             before = self._decode_s.get(num_rows, step_s)
             self._decode_s[num_rows] = before + _WEIGHT * (step_s - before)
             return
-        decode_s = self._decode_s.get(num_rows, 0.0) if num_rows else 0.0
+        decode_s = self._decode_step_s(num_rows) or 0.0
         token_s = max(step_s - decode_s, 0.1 * step_s) / num_prefilled
         before = token_s if self._token_s is None else self._token_s
         self._token_s = before + _WEIGHT * (token_s - before)
+
+    def _affordable(self, num_rows: int) -> int:
+        if num_rows == 0:
+            return self.max_chunk
+        decode_s = self._decode_step_s(num_rows)
+        if decode_s is None:
+            return 0
+        if self._token_s is None:
+            return min(self.max_chunk, 4 * MIN_CHUNK)
+        affordable = int((MAX_STRETCH - 1) * decode_s / self._token_s)
+        return min(self.max_chunk, max(MIN_CHUNK, affordable))
+
+    def _decode_step_s(self, num_rows: int) -> float | None:
+        """What a step of so many rows takes, or of the nearest number that was seen."""
+        if num_rows == 0 or not self._decode_s:
+            return None
+        return self._decode_s[min(self._decode_s, key=lambda seen: abs(seen - num_rows))]

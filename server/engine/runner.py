@@ -117,7 +117,8 @@ class Runner:
             if chunk.is_last:
                 self._keep(chunk)
         hidden = output.hidden
-        logits = self._decoder.logits(hidden) if len(hidden) else hidden  # no prompt has ended
+        # Nothing to look at when no prompt has ended and no row runs.
+        logits = self._decoder.logits(hidden) if len(hidden) else hidden
         self._account(chunks, rows, output, (time.monotonic() - started) / num_tokens)
         return logits
 

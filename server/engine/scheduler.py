@@ -102,16 +102,16 @@ class Scheduler:
 
     def _admit(self) -> ActiveRequest | None:
         """Take the first waiting request if its rows fit beside those admitted before."""
-        if not self.waiting:
-            return None
-        first = self.waiting[0]
-        num_rows = len(self.rows) + sum(a.num_rows for a in (*self.prefilling, first))
-        if num_rows > self._max_rows or self.reserved + self._needs(first) > self._kv_tokens:
-            return None
-        active = self.waiting.popleft()
-        self.prefilling.append(active)
-        self._on_admit(active)
-        return active
+        while self.waiting:
+            first = self.waiting[0]
+            num_rows = len(self.rows) + sum(a.num_rows for a in (*self.prefilling, first))
+            if num_rows > self._max_rows or self.reserved + self._needs(first) > self._kv_tokens:
+                return None
+            self.prefilling.append(self.waiting.popleft())
+            self._on_admit(first)
+            if first in self.prefilling:  # else it failed there
+                return first
+        return None
 
     def _advance(self, active: ActiveRequest, budget: int) -> list[PrefillChunk]:
         """The next chunks of a request's prompts.

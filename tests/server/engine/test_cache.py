@@ -54,25 +54,25 @@ def test_a_prompts_keys_are_all_there_after_each_chunk() -> None:
 
 def test_a_slab_gives_its_rows_keys_up_to_the_longest() -> None:
     slab = Slab(SHAPE, length=100)
-    slab.fit(3)
+    slab.fit(3, 8)
     for row, length in enumerate((10, 80, 80)):
         slab.put(row, filled(length, row + 1.0).kv)
     slab.begin(torch.tensor([10, 80, 80]), longest=80)
     new = torch.tensor([7.0, 8.0, 9.0])[:, None, None, None].expand(3, 1, 1, 2)
     keys, values = slab.update(new, -new, 1)
-    assert keys.shape == values.shape == (3, 1, 81, 2)
-    assert keys[0, 0, :, 0].tolist() == [1.0] * 10 + [7.0] + [0.0] * 70
-    assert keys[1, 0, :, 0].tolist() == [2.0] * 80 + [8.0]
-    assert values[2, 0, :, 0].tolist() == [-3.0] * 80 + [-9.0]
+    assert keys.shape == values.shape == (3, 1, 96, 2), "in steps"
+    assert keys[0, 0, :, 0].tolist() == [1.0] * 10 + [7.0] + [0.0] * 85
+    assert keys[1, 0, :, 0].tolist() == [2.0] * 80 + [8.0] + [0.0] * 15
+    assert values[2, 0, :, 0].tolist() == [-3.0] * 80 + [-9.0] + [0.0] * 15
     assert slab.values[0, ..., 80:, :].eq(0).all(), "the other layer is as it was"
 
 
 def test_room_for_more_rows_keeps_those_that_are_there() -> None:
     slab = Slab(SHAPE, length=8)
     slab.values[:, 0] = slab.keys[:, 0] = 5.0
-    slab.fit(2)
+    slab.fit(2, 8)
     slab.values[:, 1] = slab.keys[:, 1] = 6.0
-    slab.fit(3)
+    slab.fit(3, 8)
     assert slab.capacity >= 3
     for tensor in (slab.keys, slab.values):
         assert tensor[:, :3].mean(dim=(0, 2, 3, 4)).tolist() == [5.0, 6.0, 0.0]
@@ -124,6 +124,17 @@ def test_what_an_unclean_row_held_reaches_nobody(leaving: int) -> None:
     del lengths[leaving]
     ((slab, _),) = cache.arrange(lengths)
     assert slab.keys.isfinite().all() and slab.values.isfinite().all()
+
+
+def test_what_several_unclean_rows_held_reaches_nobody() -> None:
+    """The choices of one prompt leave together; the first moved the second's NaN about."""
+    cache: RowCache[int] = RowCache(SHAPE, 256, 4)
+    for row in range(3):
+        cache.join(row, filled(20, float("nan") if row else 1.0))
+    ((slab, _),) = cache.arrange({row: 20 for row in range(3)})
+    cache.leave(1, is_clean=False)
+    cache.leave(2, is_clean=False)
+    assert slab.keys.isfinite().all() and slab.values.isfinite().all(), "the free places, too"
 
 
 def test_random_rows_keep_their_keys() -> None:

@@ -332,6 +332,86 @@ def test_a_prompt_that_breaks_a_pass_fails_alone(
     assert together == [4 if level == "dataset" else 8, 1], "all together, then it alone"
 
 
+def test_a_pass_that_breaks_beside_a_prompt_that_has_not_ended(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    """Run apart, that prompt has no logits yet; put beside the rows' they once ended the engine."""
+    under_test = start_engine(tiny_llava)
+    under_test.engine._pacer.budget = lambda *_: 90  # type: ignore[method-assign]
+    bad = len(under_test.inputs("what breaks it").prompt)
+    num_chunks: list[int] = []
+
+    def break_down(batch: Batch) -> None:
+        if any(chunk.cache.length == bad for chunk in batch.chunks):
+            num_chunks.append(len(batch.chunks))
+            raise RuntimeError
+
+    with under_test.before_each_pass(break_down):
+        row = under_test.ask("Hi", max_tokens=60)
+        with under_test.held():
+            broken = under_test.ask("what breaks it")
+            long = under_test.ask("x" * 150)
+        assert isinstance(broken.wait().terminal, Failed)
+        assert isinstance(long.wait().terminal, Finished)
+        assert isinstance(row.wait().terminal, Finished)
+    assert num_chunks == [2, 1]
+
+
+@pytest.mark.parametrize("what", ["admit", "join"])
+def test_a_request_for_which_there_is_no_memory_fails_alone(
+    tiny_llava: TinyModel, start_engine: Start, what: str
+) -> None:
+    under_test = start_engine(tiny_llava)
+    runner = under_test.engine._runner
+    work = getattr(runner, what)
+    unlucky = len(under_test.inputs("x" * 4).prompt)
+
+    def work_for_some(active: ActiveRequest) -> None:
+        if active.prompt_len == unlucky:
+            raise MemoryError
+        work(active)
+
+    setattr(runner, what, work_for_some)
+    with under_test.held():
+        answers = [under_test.ask("x" * k, n=2) for k in (3, 4, 5)]
+    ends = [answer.wait().terminal for answer in answers]
+    assert [type(end) for end in ends] == [Finished, Failed, Finished]
+    assert under_test.engine.status().kv_tokens_reserved == 0
+
+
+def test_a_pass_that_breaks_over_the_pair_falls_under_on_error(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    under_test = start_engine(tiny_llava)
+
+    def break_down(batch: Batch) -> None:
+        if any(chunk.shift for chunk in batch.chunks):
+            raise RuntimeError
+
+    plain = under_test.ask("Hi", [picture(1)]).wait()
+    with under_test.before_each_pass(break_down):
+        refused = under_test.ask("Hi", [picture(1)], sample=sample_plan()).wait()
+        served = under_test.ask(
+            "Hi", [picture(1)], sample=sample_plan(), on_error="serve-unsteered"
+        ).wait()
+    assert isinstance(refused.terminal, Failed) and "steering failed" in refused.terminal.message
+    assert served.applied.failure
+    torch.testing.assert_close(served.top(), plain.top(), **TOLERANCE)
+
+
+def test_a_pass_that_forgets_to_measure_ends_the_engine(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    """Never unsteered in silence."""
+    under_test = start_engine(tiny_llava)
+    decoder = under_test.engine._runner._decoder
+    run = decoder.run
+    decoder.run = lambda batch: replace(run(batch), shifts={})  # type: ignore[method-assign]
+    answer = under_test.ask("Hi", [picture(1)], sample=sample_plan()).wait()
+    assert isinstance(answer.terminal, Failed)
+    assert under_test.engine.status().state == "failed"
+
+
 def test_a_pass_that_breaks_midway_leaves_nothing_behind(start_engine: Start) -> None:
     """The hooks that had fired were once counted into the next pass, which ended the engine."""
     tiny = build_tiny_llava()
