@@ -71,8 +71,8 @@ class Settings(BaseModel):
     decoder: Literal["auto", "eager", "fused"] = Field(
         "auto",
         description="How the language model is run: fused is this project's own pass for "
-        "Llama-like decoders, eager the model's own modules under hooks; auto picks fused where it "
-        "passes its check at start.",
+        "Llama-like decoders, eager the model's own modules under hooks; auto takes fused for the "
+        "decoder classes it is tested with, else eager.",
     )
 
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of one request.")

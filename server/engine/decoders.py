@@ -14,15 +14,15 @@ DecoderChoice = Literal["auto", "eager", "fused"]
 
 
 def build_decoder(choice: DecoderChoice, model: Any, life: ExitStack) -> Decoder:
-    """The decoder of `choice`; `auto` is fused where the model's shape allows it.
+    """The decoder of `choice`; `auto` is fused where `can_fuse`, else eager.
 
     Hooks stay installed for `life`. A fused decoder takes the model's weights over. Raises
-    EngineError where `fused` is asked for and cannot be.
+    EngineError where `fused` is asked for and cannot be, ModelError where the layers are not those
+    of the configuration.
     """
     if choice == "fused" and not can_fuse(model):
         name = type(model.get_decoder()).__name__
         raise EngineError(f"{name} cannot run fused here; choose decoder auto or eager")
     if choice == "eager" or not can_fuse(model):
         return EagerDecoder(model, life.enter_context(steer(decoder_layers(model))))
-    decoder_layers(model)  # raises where the count is not the configuration's
     return FusedDecoder(model)

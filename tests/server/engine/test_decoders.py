@@ -1,6 +1,7 @@
 """Which decoder runs which model, and what is refused."""
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -54,6 +55,50 @@ def test_a_class_that_only_looks_alike_is_not_fused(tiny_llava: TinyModel) -> No
     model = copy.deepcopy(tiny_llava.model)
     decoder = model.get_decoder()
     decoder.__class__ = type("GraniteModel", (type(decoder),), {})
+    assert not can_fuse(model)
+
+
+class Quantised(nn.Linear):
+    """Stands for a library's own kind of matrix, whose weight is not to be had as numbers."""
+
+
+def quantised(model: Any, name: str) -> None:
+    model.get_submodule(name).__class__ = Quantised
+
+
+def quantised_by_its_weight(model: Any, name: str) -> None:
+    """As torchao does it: the module stays, its weight is a tensor of another class."""
+    packed = type("Packed", (torch.Tensor,), {})
+    module = model.get_submodule(name)
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(packed), requires_grad=False)
+
+
+PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"]
+PROJECTIONS += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+MATRICES = [f"model.language_model.layers.2.{name}" for name in PROJECTIONS] + ["lm_head"]
+
+
+@pytest.mark.parametrize("change", [quantised, quantised_by_its_weight])
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_matrix_of_another_kind_runs_by_the_models_own_modules(
+    tiny_llava: TinyModel, name: str, change: Callable[[Any, str], None]
+) -> None:
+    """The fused pass takes weights over; of a quantised matrix it would take codes for numbers."""
+    model = copy.deepcopy(tiny_llava.model)
+    change(model, name)
+    assert not can_fuse(model)
+    with ExitStack() as life:
+        assert type(build_decoder("auto", model, life)) is EagerDecoder
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.input_layernorm", "layers.1.post_attention_layernorm", "norm"]
+)
+def test_a_norm_of_another_kind_runs_by_the_models_own_modules(
+    tiny_llava: TinyModel, name: str
+) -> None:
+    model = copy.deepcopy(tiny_llava.model)
+    model.get_decoder().set_submodule(name, nn.LayerNorm(32))
     assert not can_fuse(model)
 
 
