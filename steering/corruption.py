@@ -13,6 +13,8 @@ from steering.errors import PlanError
 
 Corruption = Literal["blank", "noise", "gray", "mean-colour"]
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
+# The picture's size alone decides these: they hold nothing of any client's.
+MEANINGLESS: tuple[Corruption, ...] = ("blank", "gray")
 
 _NOISE_MEAN, _NOISE_STD = 127.5, 64.0
 

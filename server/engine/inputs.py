@@ -8,8 +8,7 @@ its weights. Does not fetch or decode pictures (server/media.py).
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from server.engine.families import Family, image_token_id, positions
+from server.engine.pictures import KEPT_BYTES, MeaninglessPictures, Picture
 from server.engine.types import (
     EngineInputs,
     ImageInput,
@@ -25,7 +25,7 @@ from server.engine.types import (
     Prompt,
     ShiftPair,
 )
-from steering.corruption import Corruption, corrupt, image_digest
+from steering.corruption import MEANINGLESS, Corruption, corrupt, image_digest
 from steering.processors import writes_its_own_bos
 
 _OF_THE_TEXT = {
@@ -36,37 +36,30 @@ _OF_THE_TEXT = {
     "text_replacement_offsets",
 }
 _HTML_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*>")
-# These kinds depend on the picture's size alone.
-_MEANINGLESS: tuple[Corruption, ...] = ("blank", "gray")
-# A picture's tensors take 1 MB (LLaVA-1.5) to 27 MB (Idefics3 at its largest size).
-_NUM_KEPT = 16
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """One picture as the processor alone sees it; `text` stands in the prompt in its place."""
-
-    digest: str
-    tensors: dict[str, Tensor]
-    text: str
-    num_features: int
 
 
 class InputBuilder:
     """Builds the inputs of one model; safe in many threads.
 
-    All it remembers are the last meaningless pictures: they come with every request of mode
-    `sample`, and a size that was seen costs neither drawing, hashing nor the processor.
+    All it remembers are the last meaningless pictures, up to `kept_bytes`: they come with
+    every request of mode `sample`, and a size that was seen costs neither drawing, hashing nor the
+    processor.
     """
 
-    def __init__(self, family: Family, model: Any, processor: Any) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model: Any,
+        processor: Any,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         self._family = family
         self._model = model
         self._processor = processor
         self._placeholder = image_token_id(model)
         self._image_token: str | None = getattr(processor, "image_token", None)
         self._control_tokens = _control_tokens(processor, self._placeholder)
-        self._meaningless = lru_cache(maxsize=_NUM_KEPT)(self._draw_meaningless)
+        self._meaningless = MeaninglessPictures(kept_bytes)
 
     def build(
         self,
@@ -89,12 +82,12 @@ class InputBuilder:
             )
         except InputError as error:
             raise PairError(f"the request's own shift cannot be measured: {error}") from None
-        if corruption in _MEANINGLESS and self._begins_with_picture(rendered):
+        if corruption in MEANINGLESS and self._begins_with_picture(rendered):
             shared = replace(pair.corrupted, shared_len=pair.corrupted.images[0].end)
             pair = replace(pair, corrupted=shared)
         return EngineInputs(prompt, pair)
 
-    def _prompt(self, rendered: str, pictures: Sequence[_Picture]) -> Prompt:
+    def _prompt(self, rendered: str, pictures: Sequence[Picture]) -> Prompt:
         """A rendered conversation with each image token expanded to its picture's tokens."""
         texts = [rendered] if self._image_token is None else rendered.split(self._image_token)
         if len(texts) - 1 != len(pictures):
@@ -115,7 +108,7 @@ class InputBuilder:
         return Prompt(tuple(token_ids), images, position_ids, next_position)
 
     def _placed(
-        self, token_ids: Sequence[int], pictures: Sequence[_Picture]
+        self, token_ids: Sequence[int], pictures: Sequence[Picture]
     ) -> tuple[ImageInput, ...]:
         """Each picture with its span, its placeholders counted off in order."""
         places = [i for i, token in enumerate(token_ids) if token == self._placeholder]
@@ -137,7 +130,7 @@ class InputBuilder:
             first = last + 1
         return tuple(images)
 
-    def _read(self, image: Image.Image) -> _Picture:
+    def _read(self, image: Image.Image) -> Picture:
         """One picture through the processor."""
         if self._image_token is None:
             raise InputError(f"the processor of {self._family.name} names no image token")
@@ -167,20 +160,22 @@ class InputBuilder:
         if num_features == 0:
             raise InputError("the model's processor made no image token of this picture")
         text = str(replacements[0][0]["replacement"])
-        return _Picture(image_digest(image), tensors, text, num_features)
+        return Picture(image_digest(image), tensors, text, num_features)
 
-    def _corrupted(self, image: Image.Image, kind: Corruption) -> _Picture:
-        if kind in _MEANINGLESS:
-            return self._meaningless(kind, image.size)
-        return self._read(corrupt(image, kind))
+    def _corrupted(self, image: Image.Image, kind: Corruption) -> Picture:
+        if kind not in MEANINGLESS:
+            return self._read(corrupt(image, kind))
+        kept = self._meaningless.get(kind, image.size)
+        if kept is not None:
+            return kept
+        picture = self._read(corrupt(image, kind))
+        # The digest is that of what the vision tower is given: where every blank picture becomes
+        # the same tensors, whatever its size (LLaVA-1.5), all share one place in the caches.
+        picture = replace(picture, digest=_tensor_digest(picture.tensors))
+        self._meaningless.put(kind, image.size, picture)
+        return picture
 
-    def _draw_meaningless(self, kind: Corruption, size: tuple[int, int]) -> _Picture:
-        """Its digest is that of what the vision tower is given: where every blank picture becomes
-        the same tensors, whatever its size (LLaVA-1.5), all share one place in the caches."""
-        picture = self._read(corrupt(Image.new("RGB", size), kind))
-        return replace(picture, digest=_tensor_digest(picture.tensors))
-
-    def _replaced(self, prompt: Prompt, old: Sequence[_Picture], new: Sequence[_Picture]) -> Prompt:
+    def _replaced(self, prompt: Prompt, old: Sequence[Picture], new: Sequence[Picture]) -> Prompt:
         """The same prompt with other pictures in the same places."""
         if [picture.text for picture in old] != [picture.text for picture in new]:
             raise InputError("a corrupted picture does not become the same tokens as the picture")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from steering.corruption import CORRUPTIONS, Corruption, corrupt, image_digest
+from steering.corruption import CORRUPTIONS, MEANINGLESS, Corruption, corrupt, image_digest
 from steering.errors import PlanError
 
 
@@ -44,6 +44,13 @@ def test_noise_is_gaussian_and_equal_for_equal_image_and_seed_only() -> None:
     assert noise.tobytes() == corrupt(photo(300, 200), "noise").tobytes()
     assert noise.tobytes() != corrupt(photo(300, 200), "noise", seed=1).tobytes()
     assert noise.tobytes() != corrupt(photo(300, 200, seed=1), "noise").tobytes()
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_meaningless_pictures_are_those_that_their_size_alone_decides(kind: Corruption) -> None:
+    """They are shared between tenants, so nothing of a client's picture may be left in them."""
+    one, other = corrupt(photo(seed=1), kind), corrupt(photo(seed=2), kind)
+    assert (one.tobytes() == other.tobytes()) == (kind in MEANINGLESS)
 
 
 def test_the_digest_tells_the_same_bytes_of_another_size_apart() -> None:

@@ -56,8 +56,8 @@ class CountingProcessor:
         return self._processor(**kwargs)
 
 
-def builder_of(tiny: TinyModel, processor: Any = None) -> InputBuilder:
-    return InputBuilder(family_of(tiny.model), tiny.model, processor or tiny.processor)
+def builder_of(tiny: TinyModel, processor: Any = None, **kept: int) -> InputBuilder:
+    return InputBuilder(family_of(tiny.model), tiny.model, processor or tiny.processor, **kept)
 
 
 def whole(tiny: TinyModel, messages: Any, images: list[Image.Image]) -> dict[str, Tensor]:
@@ -245,6 +245,27 @@ def test_a_meaningless_picture_is_read_once_for_each_size(
     assert len(processor.sizes) == 6 + times
     builder.build(conversation("Hi", 1), [picture(1, (20, 20))], kind)
     assert processor.sizes[-2:] == [(20, 20), (20, 20)]
+
+
+def test_the_meaningless_pictures_that_are_kept_have_a_budget_in_bytes(
+    tiny_llava: TinyModel,
+) -> None:
+    """Sixteen of any size took 430 MB with large pictures of Idefics3."""
+    processor = CountingProcessor(tiny_llava.processor)
+    pictures = [picture(seed, (20 + seed, 16)) for seed in range(3)]
+    pair = builder_of(tiny_llava).build(conversation("Hi", 1), pictures[:1], "blank").pair
+    assert pair is not None
+    one = sum(tensor.nbytes for tensor in pair.corrupted.images[0].tensors.values())
+    builder = builder_of(tiny_llava, processor, kept_bytes=int(2.9 * one))
+
+    def is_read(number: int) -> bool:
+        """Whether its blank picture went through the processor, beside itself."""
+        processor.sizes.clear()
+        builder.build(conversation("Hi", 1), [pictures[number]], "blank")
+        return len(processor.sizes) == 2
+
+    assert [is_read(number) for number in (0, 1, 0, 2)] == [True, True, False, True]
+    assert [is_read(number) for number in (2, 0, 1)] == [False, False, True]
 
 
 def test_meaningless_pictures_have_the_identity_of_what_the_vision_tower_is_given(
