@@ -22,7 +22,7 @@ class VisionCache:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        self._features: TensorLRU[tuple[str, str, int]] = TensorLRU(budget_bytes)
+        self._features: TensorLRU[tuple[str, str]] = TensorLRU(budget_bytes)
         self.hit_tokens = 0
         self.missed_tokens = 0
 
@@ -39,8 +39,7 @@ class VisionCache:
         A namespace sees only its own pictures: whether one was kept shows in the time it takes.
         A picture that holds nothing of a client's (blank, gray) may go under SHARED_NAMESPACE.
         """
-        # A processor may cut a picture into fewer tiles when there are several.
-        key = (namespace, image.digest, image.num_features)
+        key = (namespace, image.digest)
         if key in self._features:
             self.hit_tokens += image.num_features
             return self._features.use(key)

@@ -54,14 +54,6 @@ def test_another_picture_of_the_same_place_and_size_is_another_one() -> None:
     assert tower.seen == ["a", "b"]
 
 
-def test_a_picture_cut_into_fewer_tiles_is_encoded_anew() -> None:
-    cache, tower = VisionCache(10_000), Tower()
-    cache.features(image("a", 12), "tenant", tower)
-    assert cache.features(image("a", 3), "tenant", tower).shape == (3, DIM)
-    assert cache.features(image("a", 12), "tenant", tower).shape == (12, DIM)
-    assert tower.seen == ["a", "a"]
-
-
 def test_namespaces_do_not_see_each_others_pictures() -> None:
     cache, tower = VisionCache(10_000), Tower()
     cache.features(image("a"), "tenant", tower)
