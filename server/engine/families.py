@@ -160,6 +160,14 @@ def image_blocks(model: Any, token_ids: Sequence[int]) -> list[tuple[int, int]]:
     return [(places[0], places[-1] + 1) for places in blocks]
 
 
+def bidirectional_blocks(family: Family, model: Any, prompt: Prompt) -> tuple[tuple[int, int], ...]:
+    """[start, end) of each run of the prompt's tokens that see each other both ways, in order;
+    empty where the family has none."""
+    if not family.has_bidirectional_images:
+        return ()
+    return tuple(image_blocks(model, prompt.token_ids))
+
+
 def encode_image(model: Any, image: ImageInput) -> Tensor:
     """Vision tower and projector on one picture: (num_features, D), the model's dtype and device.
 

@@ -6,6 +6,8 @@ tried (families.py lists those that the conformance suite covers), and what guar
 against a changed library. Does not look at steering (canary.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Rows
 from server.engine.cache import KVShape, PromptCache, Slab
-from server.engine.families import Family, embed, encode_image, image_blocks
+from server.engine.families import Family, bidirectional_blocks, embed, encode_image
 from server.engine.inputs import InputBuilder
 from server.engine.types import EngineError, Prompt
 from steering.processors import writes_its_own_bos
@@ -28,7 +30,10 @@ QUESTION = "What is in this picture?"
 
 
 class SelfCheck:
-    """Construction runs the bare model, so it comes before a decoder takes the weights over."""
+    """Construction runs the bare model, so it comes before a decoder takes the weights over.
+
+    Raises EngineError, naming the family, where processor or model raise anything.
+    """
 
     def __init__(self, family: Family, model: Any, processor: Any, inputs: InputBuilder) -> None:
         self._family = family
@@ -46,22 +51,26 @@ class SelfCheck:
         # Two of different sizes: some families cut pictures otherwise when there are several.
         gradient = Image.linear_gradient("L").convert("RGB")
         images = [gradient.resize((96, 64)), gradient.resize((48, 80))]
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        batch = processor(
-            text=[prompt],
-            images=[images],
-            add_special_tokens=not writes_its_own_bos(processor, prompt),
-            return_tensors="pt",
-        ).to(model.device)
-        self._reference, self._answer = _reference(model, dict(batch))
-        self._prompt = inputs.build(messages, images).prompt
+        with _worded(family):
+            prompt = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            batch = processor(
+                text=[prompt],
+                images=[images],
+                add_special_tokens=not writes_its_own_bos(processor, prompt),
+                return_tensors="pt",
+            ).to(model.device)
+            self._reference, self._answer = _reference(model, dict(batch))
+            self._prompt = inputs.build(messages, images).prompt
 
     def compare(self, decoder: Decoder) -> None:
         """Raise EngineError, naming the family, unless `decoder` computes the same."""
-        logits = self._logits(decoder)
-        spread = self._reference.std(dim=-1)
-        errors = (logits - self._reference).square().mean(dim=-1).sqrt() / spread
-        worst = float(errors.max())
+        with _worded(self._family):
+            logits = self._logits(decoder)
+            spread = self._reference.std(dim=-1)
+            errors = (logits - self._reference).square().mean(dim=-1).sqrt() / spread
+            worst = float(errors.max())
         tolerance = TOLERANCE.get(self._model.dtype, TOLERANCE_OF_HALVES)
         if not worst <= tolerance:
             raise EngineError(
@@ -90,16 +99,13 @@ class SelfCheck:
     def _chunk(
         self, prompt: Prompt, embeds: Tensor, cache: PromptCache, start: int, end: int
     ) -> Chunk:
-        blocks: list[tuple[int, int]] = []
-        if self._family.has_bidirectional_images:
-            blocks = image_blocks(self._model, prompt.token_ids)
         return Chunk(
             embeds=embeds[start:end],
             positions=prompt.position_ids[:, start:end].to(embeds.device),
             cache=cache,
             start=start,
             end=end,
-            pictures=tuple(blocks),
+            pictures=bidirectional_blocks(self._family, self._model, prompt),
         )
 
     def _step(self, decoder: Decoder, slab: Slab, token: Tensor, step: int) -> Tensor:
@@ -114,6 +120,18 @@ class SelfCheck:
             longest=length,
         )
         return decoder.run(Batch(slabs=(rows,))).hidden
+
+
+@contextmanager
+def _worded(family: Family) -> Iterator[None]:
+    """Whatever a processor or a model raises here, an operator is told what is not served."""
+    try:
+        yield
+    except Exception as error:  # boundary: a model's own code may raise anything
+        first = next(iter(str(error).splitlines()), "")
+        raise EngineError(
+            f"{family.name} is not served: the self-check failed: {type(error).__name__}: {first}"
+        ) from error
 
 
 def _reference(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

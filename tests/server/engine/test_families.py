@@ -10,6 +10,7 @@ from torch import Tensor
 
 from server.engine.families import (
     FAMILIES,
+    bidirectional_blocks,
     embed,
     encode_image,
     family_of,
@@ -157,9 +158,10 @@ def masks(tiny: TinyModel, prompt: Prompt) -> Any:
     }
 
 
-def test_only_gemma_has_blocks_that_see_themselves(tiny: TinyModel) -> None:
-    family = family_of(tiny.model)
-    assert family.has_bidirectional_images == (tiny.name == "gemma3")
+def test_only_gemma_has_blocks_that_see_themselves(tiny: TinyModel, prompt: Prompt) -> None:
+    spans = tuple((image.start, image.end) for image in prompt.images)
+    blocks = bidirectional_blocks(family_of(tiny.model), tiny.model, prompt)
+    assert blocks == (spans if tiny.name == "gemma3" else ())
 
 
 def test_the_blocks_of_a_prompt_are_its_runs_of_placeholders(tiny_gemma3: TinyModel) -> None:

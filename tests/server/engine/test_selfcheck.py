@@ -103,6 +103,66 @@ def test_an_unlisted_family_that_the_engine_computes_wrongly_is_refused(
         start_engine(broken, decoder=decoder)
 
 
+def raises_on_pictures(model: Any) -> None:
+    def refuse(**_tensors: Any) -> None:
+        raise RuntimeError("no grid\nof these pictures")
+
+    model.get_image_features = refuse
+
+
+def raises_in_its_own_pass(model: Any) -> None:
+    def refuse(_module: Any, _args: Any) -> None:
+        raise NotImplementedError
+
+    model.register_forward_pre_hook(refuse)
+
+
+def raises_in_its_head_alone(model: Any) -> None:
+    """At the second pass, which is the decoder's."""
+    seen: list[bool] = []
+
+    def refuse(_module: Any, _args: Any) -> None:
+        seen.append(True)
+        if len(seen) > 1:
+            raise KeyError("weight")
+
+    model.get_output_embeddings().register_forward_pre_hook(refuse)
+
+
+@pytest.mark.parametrize(
+    ("is_wrong", "reason"),
+    [
+        (raises_on_pictures, "RuntimeError: no grid"),
+        (raises_in_its_own_pass, "NotImplementedError: "),
+        (raises_in_its_head_alone, "KeyError: 'weight'"),
+    ],
+)
+def test_an_unlisted_family_that_raises_is_refused_in_one_line(
+    unlisted_model: TinyModel, start_engine: Start, is_wrong: Break, reason: str
+) -> None:
+    """It said "RuntimeError: no grid" and not what that means: that the family is not served."""
+    broken = replace(unlisted_model, model=copy.deepcopy(unlisted_model.model))
+    is_wrong(broken.model)
+    with pytest.raises(EngineError) as refused:
+        start_engine(broken, decoder="eager")
+    assert str(refused.value) == f"vipllava is not served: the self-check failed: {reason}"
+
+
+def test_a_family_whose_processor_raises_is_refused_in_one_line(
+    unlisted_model: TinyModel, start_engine: Start
+) -> None:
+    class Processor:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(unlisted_model.processor, name)
+
+        def __call__(self, **_inputs: Any) -> Any:
+            raise TypeError("unexpected keyword argument 'images'")
+
+    message = "vipllava is not served: the self-check failed: TypeError: unexpected keyword"
+    with pytest.raises(EngineError, match=message):
+        start_engine(replace(unlisted_model, processor=Processor()))
+
+
 def test_a_listed_family_is_checked_too(start_engine: Start) -> None:
     """Against a library that has changed."""
     tiny = build_tiny_llava()
