@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from server.engine.text import Detokenizer, StopMatcher
 from server.engine.types import (
     ChoiceFinished,
+    EngineError,
     EngineRequest,
     FinishReason,
     Prompt,
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.cache import PromptCache
+
+
+class MissingShiftError(EngineError):
+    """A request that is to be steered does not bring what its shift comes from."""
 
 
 class Sequence:
@@ -108,7 +113,8 @@ class ActiveRequest:
 
     prompts: those that prefill still has to run, the request's own last. delta (L, D): what its
     tokens subtract, known from the start or measured, with its doses (L,), by the pass that ends
-    its prefill.
+    its prefill. Raises MissingShiftError for a plan of mode sample without a pair of prompts, and
+    of mode dataset without delta: none is served unsteered in silence.
     """
 
     request: EngineRequest
@@ -125,14 +131,24 @@ class ActiveRequest:
         self.prompts = [self.own]
         self.delta = self.request.delta
         self.doses: Tensor | None = None
-        pair = self.request.inputs.pair
-        if self.request.plan.is_active and self.request.plan.mode == "sample":
-            assert pair is not None, "a sample plan comes with its pair of prompts"
+        plan, pair = self.request.plan, self.request.inputs.pair
+        if plan.is_active and plan.mode == "sample":
+            if pair is None:
+                raise MissingShiftError(self._missing("pair of prompts"))
             self.prompts = [
                 PromptState(pair.corrupted, "corrupted"),
                 PromptState(pair.text_only, "text-only"),
                 self.own,
             ]
+        elif plan.is_active and self.delta is None:
+            raise MissingShiftError(self._missing("delta"))
+
+    def _missing(self, what: str) -> str:
+        plan = self.request.plan
+        return (
+            f"request {self.request.request_id}: a plan of mode {plan.mode} with alpha "
+            f"{plan.alpha:g} came without its {what}"
+        )
 
     @property
     def measures_shift(self) -> bool:

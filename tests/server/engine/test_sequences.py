@@ -1,0 +1,69 @@
+"""What a request must bring to be steered."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from server.engine.sequences import ActiveRequest, MissingShiftError
+from server.engine.types import (
+    EngineInputs,
+    EngineRequest,
+    Finished,
+    Prompt,
+    SamplingParams,
+    ShiftPair,
+)
+from steering.plan import SteeringPlan
+from tests.server.engine.conftest import Serve, conversation, picture, sample_plan
+from tests.tiny_models import TinyModel
+
+PROMPT = Prompt((1, 2, 3), (), torch.arange(3)[None], 3)
+PAIR = ShiftPair(PROMPT, PROMPT)
+DATASET = SteeringPlan(mode="dataset", alpha=0.5, vector_id="0" * 64, reason=None)
+
+
+def request(
+    plan: SteeringPlan, pair: ShiftPair | None, delta: torch.Tensor | None
+) -> ActiveRequest:
+    inputs = EngineInputs(PROMPT, pair)
+    return ActiveRequest(EngineRequest("r7", inputs, SamplingParams(), plan, delta, print), 9)
+
+
+def test_a_sample_plan_without_its_pair_is_refused() -> None:
+    """An assertion said so, which `python -O` removes; the request went on unsteered."""
+    with pytest.raises(MissingShiftError, match="r7: .* sample .* 0.7 .* without its pair of prom"):
+        request(sample_plan(0.7), None, None)
+    assert request(sample_plan(0.7), PAIR, None).measures_shift
+
+
+@pytest.mark.parametrize("pair", [None, PAIR])
+def test_a_dataset_plan_without_its_delta_is_refused(pair: ShiftPair | None) -> None:
+    """It was served unsteered, and the answer said that it was not."""
+    with pytest.raises(MissingShiftError, match="r7: .* mode dataset .* 0.5 .* without its delta"):
+        request(DATASET, pair, None)
+    delta = torch.ones(2, 4)
+    assert request(DATASET, pair, delta).delta is delta
+
+
+def test_a_plan_that_applies_nothing_needs_nothing() -> None:
+    for plan in (
+        SteeringPlan(),
+        DATASET.unsteered("text-only"),
+        sample_plan().unsteered("disabled"),
+    ):
+        unsteered = request(plan, None, None)
+        assert unsteered.delta is None and not unsteered.measures_shift
+
+
+def test_who_submits_such_a_request_is_told_and_the_engine_goes_on(
+    tiny_llava: TinyModel, start_engine: Serve
+) -> None:
+    under_test = start_engine(tiny_llava)
+    inputs = under_test.engine.prepare(conversation("Hi", 1), [picture(1)])
+    wrong = EngineRequest("wrong", inputs, SamplingParams(), sample_plan(), None, print)
+    for plan in (sample_plan(), DATASET):
+        with pytest.raises(MissingShiftError, match="wrong"):
+            under_test.engine.submit(replace(wrong, plan=plan))
+    assert under_test.engine.status().num_waiting == 0
+    assert isinstance(under_test.ask("Hi", max_tokens=2).wait().terminal, Finished)
