@@ -5,6 +5,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
+from server.bench.target import BenchError
 from server.config import Settings
 
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -28,7 +31,7 @@ class Footprint:
         if "VmRSS" not in values:
             return None
         now, peak = (1024 * int(values[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-        return cls(now, peak)
+        return cls(now, max(now, peak))  # Linux brings VmHWM up to date late
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,38 @@ class Budget:
 
 
 def budget(model: Path, settings: Settings, dtype: str) -> Budget:
-    """From a checkpoint's files and the server's settings; `dtype` as the server runs it."""
-    text = json.loads((model / "config.json").read_text())["text_config"]
-    heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    kv_heads = text.get("num_key_value_heads") or heads
-    max_len = min(settings.max_model_len, text.get("max_position_embeddings", math.inf))
-    tokens = settings.kv_tokens or settings.max_rows * max_len
+    """From a checkpoint's files and the server's settings; `dtype` as the server runs it.
+
+    Raises BenchError where the checkpoint's config.json is not that of a known model.
+    """
+    num_values, max_len = _kv_shape(model)
+    tokens = settings.kv_tokens or settings.max_rows * min(settings.max_model_len, max_len)
     num_weights = sum(_num_weights(path) for path in model.glob("*.safetensors"))
     return Budget(
         weights_bytes=num_weights * DTYPES[dtype],
-        kv_bytes=int(tokens) * 2 * text["num_hidden_layers"] * kv_heads * head_dim * DTYPES[dtype],
+        kv_bytes=tokens * num_values * DTYPES[dtype],
         caches_bytes=settings.prefix_cache_bytes + settings.vision_cache_bytes,
     )
+
+
+def _kv_shape(model: Path) -> tuple[int, int]:
+    """(keys and values of one token over all layers, the longest sequence in tokens).
+
+    As transformers reads config.json: real ones leave out what equals the defaults of their
+    model type, and older ones have no `text_config`.
+    """
+    from transformers import AutoConfig  # seconds
+
+    try:
+        text = AutoConfig.from_pretrained(str(model), local_files_only=True).get_text_config()
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        num_values = 2 * text.num_hidden_layers * kv_heads * head_dim
+        return num_values, text.max_position_embeddings
+    # Validation of the config's fields raises StrictDataclassError, which is none of the others.
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise BenchError(f"{model / 'config.json'} has no usable sizes: {error}") from error
 
 
 def _num_weights(path: Path) -> int:

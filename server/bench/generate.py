@@ -24,6 +24,7 @@ class Generated:
 
     name = "generate"
     new_sizes = False
+    process = "here"
 
     def __init__(self, directory: Path, dtype: str) -> None:
         loaded = load_model(str(directory), dtype=dtype)

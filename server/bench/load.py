@@ -14,6 +14,7 @@ from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord, chat
 from server.bench.target import Target
 
+BETWEEN_BURSTS_S = 0.05  # in which a server puts away what the last burst left
 AnyColumn = TypeVar("AnyColumn")
 
 
@@ -26,6 +27,11 @@ class Column(Protocol):
     @property
     def new_sizes(self) -> bool:
         """Whether every photograph has a size of its own."""
+        ...
+
+    @property
+    def process(self) -> str:
+        """Equal for columns that one process answers, as a server's steering conditions."""
         ...
 
     async def answer(
@@ -49,6 +55,10 @@ class Served:
     @property
     def new_sizes(self) -> bool:
         return self.target.new_sizes
+
+    @property
+    def process(self) -> str:
+        return self.target.url
 
     async def answer(
         self, chats: Sequence[Sequence[Message]], max_tokens: int
@@ -126,6 +136,24 @@ def in_turn(columns: Sequence[AnyColumn], round_: int) -> list[AnyColumn]:
     return order[::-1] if round_ % 2 else order
 
 
+class Switch:
+    """Lets the last process come to rest before another one is measured.
+
+    Some go on spinning for a while after their last answer (OpenMP workers of vLLM, for one) and
+    would take the processor from whoever comes next.
+    """
+
+    def __init__(self, pause_s: float) -> None:
+        self._pause_s = pause_s
+        self._process: str | None = None
+
+    async def to(self, column: Column) -> None:
+        """Call before each burst: waits where its process is not the last one's, and at first."""
+        if column.process != self._process:
+            self._process = column.process
+            await asyncio.sleep(self._pause_s)
+
+
 async def measure(
     columns: Sequence[Column],
     prompts: Prompts,
@@ -134,12 +162,13 @@ async def measure(
     rounds: int,
     max_tokens: int,
     warmup: int = 1,
-    pause_s: float = 0.05,
+    pause_s: float,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Burst]:
     """All bursts after the warm-up. Every chat of every column has a picture and a text of its
-    own; the questions of a round are the same for all columns.
+    own; the questions of a round are the same for all columns. pause_s: see Switch.
     """
+    switch = Switch(pause_s)
     bursts: list[Burst] = []
     numbers = itertools.count()
     for round_ in range(-warmup, rounds):
@@ -150,10 +179,11 @@ async def measure(
                     prompts.about_picture(next(numbers), round_ + stream, new_size=column.new_sizes)
                     for stream in range(num_streams)
                 ]
+                await switch.to(column)
                 start = time.perf_counter()
                 records = await column.answer(chats, max_tokens)
                 wall_s = time.perf_counter() - start
                 if round_ >= 0:
                     bursts.append(Burst(column.name, num_streams, round_, wall_s, tuple(records)))
-                await asyncio.sleep(pause_s)
+                await asyncio.sleep(BETWEEN_BURSTS_S)
     return bursts

@@ -41,8 +41,10 @@ def throughput_json(bursts: Sequence[Burst], baseline: str) -> dict[str, Any]:
 
 def stalls_table(rows: Sequence[Stalls]) -> Table:
     table = _table(
-        "Gaps between tokens of running answers while long prompts arrive: median / p99, ms",
-        ("streams", "server", "alone", "with arrivals", "p99 with / median alone", "arrivals"),
+        "Gaps between tokens of running answers, alone and while long prompts arrive: "
+        "median / p99, ms\nRatio within rounds: median (95 % interval of the median)",
+        ("streams", "server", "alone", "with arrivals", "p99 with / median alone", "rounds")
+        + ("at once", "arrivals answered"),
     )
     for row in rows:
         table.add_row(
@@ -51,15 +53,21 @@ def stalls_table(rows: Sequence[Stalls]) -> Table:
             _median_and_p99(row.quiet),
             _median_and_p99(row.disturbed),
             _interval(row.worst, 1, "{:.2f}"),
-            f"{row.num_arrivals} of {_median(row.arrival_tokens)} tokens",
+            str(row.worst.n if row.worst else 0),
+            str(row.arrivals_at_once),
+            f"{row.num_arrivals} of {_median(row.arrival_tokens)} tokens"
+            if row.num_arrivals
+            else "none",
         )
     return table
 
 
 def second_turn_table(rows: Sequence[SecondTurn]) -> Table:
     table = _table(
-        "Time to first token of two questions about one picture: median (interquartile range)",
-        ("server", "first ms", "second ms", "second / first", "cached of second prompt"),
+        "Time to first token of two questions about one picture: median (interquartile range)\n"
+        "Ratio within conversations: median (95 % interval of the median)",
+        ("server", "first ms", "second ms", "second / first", "conversations")
+        + ("cached of second prompt",),
         num_names=1,
     )
     for row in rows:
@@ -68,6 +76,7 @@ def second_turn_table(rows: Sequence[SecondTurn]) -> Table:
             _spread(row.first, 1000, "{:.1f}"),
             _spread(row.second, 1000, "{:.1f}"),
             _interval(row.ratio, 1, "{:.3f}"),
+            str(row.ratio.n if row.ratio else 0),
             f"{_median(row.cached_tokens)} of {_median(row.second_prompt_tokens)}",
         )
     return table
@@ -75,9 +84,11 @@ def second_turn_table(rows: Sequence[SecondTurn]) -> Table:
 
 def soak_table(rows: Sequence[Soak]) -> Table:
     table = _table(
-        "Memory of the server's process over unlike requests, MiB",
-        ("server", "requests", "cancelled", "ready", "peak", "weights + KV + caches")
-        + ("peak / that", "growth per 1000, second half"),
+        "Memory of the server's process over unlike requests, MiB\n"
+        "Budget: weights + KV cache + other caches. Serving: median (interquartile range) of "
+        "readings between requests. Growth: over the second half",
+        ("server", "requests", "cancelled", "ready", "peak", "budget", "peak / budget")
+        + ("serving / budget", "readings", "growth per 1000"),
         num_names=1,
     )
     for row in rows:
@@ -89,6 +100,8 @@ def soak_table(rows: Sequence[Soak]) -> Table:
             _mib(row.peak_bytes),
             _budget(row.budget) if row.budget else "-",
             f"{row.ratio:.2f}" if row.ratio else "-",
+            _spread(row.serving_ratio, 1, "{:.2f}"),
+            str(len(row.samples)),
             f"{1000 * row.slope_bytes / MIB:+.1f}",
         )
     return table

@@ -19,7 +19,9 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `budgets`: what the process of that id may fill with its memory."""
+    """How much is measured. arrivals: long prompts at once in `stalls`; pause_s: before each burst
+    of another process; budgets: what the process of that id may fill with its memory.
+    """
 
     streams: Sequence[int]
     rounds: int
@@ -27,6 +29,8 @@ class Effort:
     max_tokens: int
     num_requests: int
     baseline: str
+    arrivals: int
+    pause_s: float
     budgets: Mapping[int, Budget] = field(default_factory=dict)
 
 
@@ -66,7 +70,9 @@ async def run(
             streams=effort.streams,
             rounds=effort.rounds,
             max_tokens=effort.max_tokens,
+            arrivals_at_once=effort.arrivals,
             warmup=effort.warmup,
+            pause_s=effort.pause_s,
             progress=progress,
         )
         failed = sum(row.num_failed for row in gaps)
@@ -79,6 +85,7 @@ async def run(
             rounds=effort.rounds,
             max_tokens=effort.max_tokens,
             warmup=effort.warmup,
+            pause_s=effort.pause_s,
             progress=progress,
         )
         failed = sum(row.num_failed for row in turns)
@@ -90,10 +97,15 @@ async def run(
         num_requests=effort.num_requests,
         num_streams=max(effort.streams),
         budgets=effort.budgets,
+        pause_s=effort.pause_s,
         progress=progress,
     )
     failed = sum(row.num_failed for row in soaks)
-    figures = [asdict(row) | {"ratio": row.ratio} for row in soaks]
+    figures = [
+        asdict(row)
+        | {"ratio": row.ratio, "serving_ratio": row.serving_ratio and asdict(row.serving_ratio)}
+        for row in soaks
+    ]
     return Outcome([report.soak_table(soaks)], {"memory": figures}, failed)
 
 
@@ -122,6 +134,7 @@ async def _throughput(
         rounds=effort.rounds,
         max_tokens=effort.max_tokens,
         warmup=effort.warmup,
+        pause_s=effort.pause_s,
         progress=progress,
     )
     return Outcome(

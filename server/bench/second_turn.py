@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from server.bench.load import Served, in_turn
+from server.bench.load import Served, Switch, in_turn
 from server.bench.prompts import FOLLOW_UP, Prompts
 from server.bench.stream import StreamRecord
 from server.bench.summary import Interval, Spread
@@ -37,15 +37,17 @@ async def run(
     rounds: int,
     max_tokens: int,
     warmup: int = 1,
+    pause_s: float,
     progress: Callable[[str], None],
 ) -> list[SecondTurn]:
     """A question about a photograph, an answer of `max_tokens`, then a second question."""
-    numbers = itertools.count()
+    numbers, switch = itertools.count(), Switch(pause_s)
     turns: dict[str, list[tuple[StreamRecord, StreamRecord]]] = {c.name: [] for c in columns}
     for round_ in range(-warmup, rounds):
         for column in in_turn(columns, round_):
             progress(column.name)
             messages = prompts.about_picture(next(numbers), round_, new_size=column.new_sizes)
+            await switch.to(column)
             [first] = await column.answer([messages], max_tokens)
             answer = {"role": "assistant", "content": first.text}
             question = {"role": "user", "content": FOLLOW_UP}

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from server.bench.footprint import Budget, budget
@@ -112,6 +112,8 @@ def start(
 ) -> Started:
     """The servers on the checkpoint, ours first; they end with `stack`. `settings` by field.
 
+    num_rows: of our servers, as many as chats at once, so that none waits for another's end; a
+    setting or the environment may say otherwise.
     Raises BenchError, ChildError, ConfigError.
     """
     result = Started([], {})
@@ -122,14 +124,15 @@ def start(
                 "give --serve, --demo or --shape"
             )
         return result
-    # As many rows as chats at once, so that none waits for another's end, unless said otherwise.
     env = {f"{PREFIX}MAX_ROWS": str(num_rows), **checkpoint.env}
     env |= {f"{PREFIX}{name.upper()}": value for name, value in settings}
     wanted = {OURS: env} | ({PLAIN: env | PLAIN_SAMPLE} if plain_sample else {})
     for name, environment in wanted.items():
-        allowed = budget(checkpoint.model, Settings.from_env(environment), dtype)
+        chosen = Settings.from_env(environment)
+        allowed = budget(checkpoint.model, chosen, dtype)
         served = deshift_serve(name, checkpoint.model, logs, dtype, environment)
-        target = stack.enter_context(served)
+        max_choices = min(chosen.max_n, chosen.max_rows)
+        target = replace(stack.enter_context(served), max_choices=max_choices)
         result.targets.append(target)
         result.budgets[target.pid] = allowed
     if transformers:

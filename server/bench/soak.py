@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.bench.footprint import Budget, Footprint
-from server.bench.load import Served
+from server.bench.load import Served, Switch
 from server.bench.prompts import Prompts
 from server.bench.stream import chat
+from server.bench.summary import Spread
 from server.bench.target import BenchError
 
 SAMPLES = 200  # readings of the memory over the whole run
 _SHARES = {"text": 0.3, "several choices": 0.1, "cancelled": 0.2, "new size": 0.2, "again": 0.2}
 _LONGEST_WORDS = 400
 _LONGEST_ANSWER = 32
+_MOST_CHOICES = 4
 _CANCEL_WITHIN_S = 2.0
 
 
@@ -29,11 +31,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Soak:
-    """One server process. ready: before the first request; peak: the most since it started.
+    """One server process. ready: before the first request; peak: the most since it started,
+    loading included; samples: while it served.
 
-    ratio: peak over the budget (weights, KV cache, caches), None where that is not known.
-    slope: bytes a request over the second half, by least squares. num_cancelled: sockets that
-    were closed before the answer's end; num_failed: answers that were none.
+    ratio: peak over the budget (weights, KV cache, caches), None where that is not known;
+    serving_ratio: each sample over it. slope: bytes a request over the second half, by least
+    squares. num_cancelled: sockets that were closed before the answer's end; num_failed: answers
+    that were none.
     """
 
     target: str
@@ -51,6 +55,12 @@ class Soak:
     def ratio(self) -> float | None:
         return self.peak_bytes / self.budget.total_bytes if self.budget else None
 
+    @property
+    def serving_ratio(self) -> Spread | None:
+        if self.budget is None:
+            return None
+        return Spread.of(each.now_bytes / self.budget.total_bytes for each in self.samples)
+
 
 async def run(
     columns: Sequence[Served],
@@ -59,18 +69,24 @@ async def run(
     num_requests: int,
     num_streams: int,
     budgets: Mapping[int, Budget],
+    pause_s: float,
     progress: Callable[[str], None],
 ) -> list[Soak]:
     """`num_requests` to each server process, `num_streams` under way at once; a process that has
-    several columns (steering settings) gets requests of all. `budgets` by process id.
+    several columns (steering settings) gets requests of all. `budgets` by process id. Raises
+    BenchError.
     """
+    switch = Switch(pause_s)
     by_process: dict[int, list[Served]] = {}
     for column in columns:
         by_process.setdefault(column.target.pid, []).append(column)
-    return [
-        await _soak(of_process, prompts, num_requests, num_streams, budgets.get(pid), progress)
-        for pid, of_process in by_process.items()
-    ]
+    soaks = []
+    for pid, of_process in by_process.items():
+        await switch.to(of_process[0])
+        soaks.append(
+            await _soak(of_process, prompts, num_requests, num_streams, budgets.get(pid), progress)
+        )
+    return soaks
 
 
 async def _soak(
@@ -104,7 +120,7 @@ async def _soak(
         num_failed=len(errors),
         first_error=errors[0] if errors else "",
         ready_bytes=ready.now_bytes,
-        peak_bytes=_footprint(pid).peak_bytes,
+        peak_bytes=max(_footprint(pid).peak_bytes, *(sample.now_bytes for sample in samples)),
         budget=budget,
         slope_bytes=slope([s.num_requests for s in half], [s.now_bytes for s in half]),
         samples=tuple(samples),
@@ -131,9 +147,9 @@ def _body(column: Served, prompts: Prompts, number: int, rng: random.Random) -> 
         shown = rng.randint(0, number) if _is(rng, "again") else number
         messages = prompts.about_picture(shown, number, new_size=_is(rng, "new size"))
     body = column.target.body(messages, rng.randint(1, _LONGEST_ANSWER))
-    # Only servers that take fields beyond OpenAI's are known to answer with several choices.
-    if column.target.dialect == "ignore_eos" and _is(rng, "several choices"):
-        body |= {"n": rng.randint(2, 4), "temperature": 1.0}
+    most = min(_MOST_CHOICES, column.target.max_choices)
+    if most > 1 and _is(rng, "several choices"):
+        body |= {"n": rng.randint(2, most), "temperature": 1.0}
     return body
 
 

@@ -5,13 +5,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from server.bench.load import Served, in_turn, steady_gaps
-from server.bench.prompts import Prompts
+from server.bench.load import Served, Switch, in_turn, steady_gaps
+from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord, chat
 from server.bench.summary import Interval, Spread
 from server.bench.target import BenchError
 
 ARRIVAL_TOKENS = 2000
+_HEAD_START_S = 0.1  # of the answers before the first arrivals, so that they get rows first
 _PROBE_WORDS = (100, 400)
 
 
@@ -20,8 +21,9 @@ class Stalls:
     """One server at one number of running answers; seconds.
 
     quiet, disturbed: gaps between tokens while all answers were being written, without and with
-    the arrivals. worst: p99 with over median without, per pair of rounds. arrival_tokens: the
-    prompts' length by the server's own count; num_arrivals: those answered while measuring.
+    the arrivals. worst: p99 with over median without, per pair of rounds. arrivals_at_once: the
+    prompts under way at any moment; arrival_tokens: their length by the server's own count;
+    num_arrivals: those answered while measuring.
     """
 
     target: str
@@ -29,6 +31,7 @@ class Stalls:
     quiet: Spread | None
     disturbed: Spread | None
     worst: Interval | None
+    arrivals_at_once: int
     arrival_tokens: Spread | None
     num_arrivals: int
     num_failed: int
@@ -52,13 +55,16 @@ async def run(
     streams: Sequence[int],
     rounds: int,
     max_tokens: int,
+    arrivals_at_once: int = 1,
     warmup: int = 1,
+    pause_s: float,
     progress: Callable[[str], None],
 ) -> list[Stalls]:
     """Answers about photographs, once left alone and once while prompts of 2,000 tokens without a
-    picture arrive, each as soon as the one before it is answered. Raises BenchError.
+    picture arrive: `arrivals_at_once` at first, then each as soon as one of them is answered.
+    Raises BenchError.
     """
-    numbers = itertools.count()
+    numbers, switch = itertools.count(), Switch(pause_s)
     num_words = {
         column.name: await _words_for(column, prompts, numbers, ARRIVAL_TOKENS)
         for column in columns
@@ -66,16 +72,23 @@ async def run(
     halves: dict[tuple[str, int, int, bool], _Half] = {}
     for round_, num_streams in itertools.product(range(-warmup, rounds), streams):
         for column in in_turn(columns, round_):
+            await switch.to(column)
             for disturb in (round_ % 2 == 0, round_ % 2 == 1):
                 progress(f"{column.name}, {num_streams} at once")
-                words = num_words[column.name] if disturb else 0
+                chats = [
+                    prompts.about_picture(next(numbers), stream, new_size=column.new_sizes)
+                    for stream in range(num_streams)
+                ]
+                words = num_words[column.name]
+                arriving = (prompts.text(number, words) for number in numbers)
                 halves[column.name, num_streams, round_, disturb] = await _half(
-                    column, prompts, numbers, num_streams, max_tokens, words
+                    column, chats, max_tokens, arriving, arrivals_at_once if disturb else 0
                 )
     return [
         _result(
             column.name,
             num_streams,
+            arrivals_at_once,
             [
                 (
                     halves[column.name, num_streams, r, False],
@@ -91,29 +104,28 @@ async def run(
 
 async def _half(
     column: Served,
-    prompts: Prompts,
-    numbers: Iterator[int],
-    num_streams: int,
+    chats: Sequence[Sequence[Message]],
     max_tokens: int,
-    arrival_words: int,
+    arriving: Iterator[Sequence[Message]],
+    at_once: int,
 ) -> _Half:
-    chats = [
-        prompts.about_picture(next(numbers), stream, new_size=column.new_sizes)
-        for stream in range(num_streams)
-    ]
     running = asyncio.create_task(column.answer(chats, max_tokens))
     arrivals: list[StreamRecord] = []
-    while arrival_words and not running.done():
-        body = column.target.body(prompts.text(next(numbers), arrival_words), 2)
-        arrival = asyncio.create_task(chat(column.client, column.target, body))
-        await asyncio.wait([arrival, running], return_when=asyncio.FIRST_COMPLETED)
-        if not arrival.done():
-            arrival.cancel()
-            await asyncio.wait([arrival])
-            break
-        arrivals.append(arrival.result())
-        if arrival.result().error:
-            break
+
+    async def arrive() -> None:
+        """One prompt after the other, until one is refused. The last is waited for, not counted:
+        abandoned, some servers would go on with it while the next answers are measured.
+        """
+        while not running.done():
+            body = column.target.body(next(arriving), 2)
+            record = await chat(column.client, column.target, body)
+            if record.error or not running.done():
+                arrivals.append(record)
+            if record.error:
+                break
+
+    await asyncio.sleep(_HEAD_START_S)
+    await asyncio.gather(*(arrive() for _ in range(at_once)))
     return _Half(await running, arrivals)
 
 
@@ -137,7 +149,9 @@ async def _words_for(
     return round(_PROBE_WORDS[1] + (num_tokens - lens[1]) / per_word)
 
 
-def _result(name: str, num_streams: int, pairs: Sequence[tuple[_Half, _Half]]) -> Stalls:
+def _result(
+    name: str, num_streams: int, arrivals_at_once: int, pairs: Sequence[tuple[_Half, _Half]]
+) -> Stalls:
     arrivals = [record for _, disturbed in pairs for record in disturbed.arrivals]
     every = [r for pair in pairs for half in pair for r in [*half.records, *half.arrivals]]
     spreads = [(Spread.of(quiet.gaps), Spread.of(disturbed.gaps)) for quiet, disturbed in pairs]
@@ -149,6 +163,7 @@ def _result(name: str, num_streams: int, pairs: Sequence[tuple[_Half, _Half]]) -
         worst=Interval.of(
             disturbed.p99 / quiet.median for quiet, disturbed in spreads if quiet and disturbed
         ),
+        arrivals_at_once=arrivals_at_once,
         arrival_tokens=Spread.of(r.prompt_tokens for r in arrivals if not r.error),
         num_arrivals=sum(not record.error for record in arrivals),
         num_failed=sum(bool(record.error) for record in every),

@@ -24,7 +24,7 @@ class Target:
     (vLLM, Deshift), `generation_config` (transformers serve), or not at all: `usage` asks for
     the token count in the stream, `bare` for nothing beyond plain OpenAI. `new_sizes`: every
     photograph has a size that this server has not seen. `pid`: the server's process, 0 where it
-    was not started here.
+    was not started here. `max_choices`: the largest `n` that it is known to take.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Target:
     dialect: str = ""
     new_sizes: bool = False
     pid: int = 0
+    max_choices: int = 1
 
     @property
     def headers(self) -> dict[str, str]:

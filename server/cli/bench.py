@@ -105,6 +105,19 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before them, not counted.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
     requests: Annotated[int, typer.Option(min=1, help="Requests of --scenario memory.")] = 2000,
+    arrivals: Annotated[
+        int, typer.Option(min=1, help="Long prompts under way at once in --scenario stalls.")
+    ] = 1,
+    pause: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Seconds of rest before each burst of another server than the last (not between "
+            "conditions of one): threads of some servers go on spinning after the last answer and "
+            "would slow whoever comes next.",
+            metavar="SECONDS",
+        ),
+    ] = 1.0,
     image: Annotated[
         Path | None, typer.Option(help="A picture; by default the photograph that ships.")
     ] = None,
@@ -140,7 +153,9 @@ def bench(
     --max-tokens), what steering costs by the server's account and by comparison.
 
     --scenario stalls: the gaps between tokens of running answers while text prompts of 2,000
-    tokens keep arriving, one after the other, and without them; --max-tokens 256 or more.
+    tokens keep arriving, --arrivals at once, each when one before it is answered, and without
+    them; --max-tokens 256 or more. Started servers have rows for both (fewer with --setting
+    max_rows=N: then arrivals wait).
 
     --scenario second-turn: time to first token of a second question about a picture, after an
     answer of --max-tokens, over that of the first.
@@ -164,7 +179,7 @@ def bench(
                 plain_sample=plain_sample,
                 transformers=transformers_serve,
                 settings=_pairs(setting),
-                num_rows=max(numbers),
+                num_rows=max(numbers) + (arrivals if chosen == "stalls" else 0),
                 logs=logs,
                 dtype=dtype,
             )
@@ -183,7 +198,15 @@ def bench(
             if base not in names:
                 raise BenchError(f"--baseline {base} is none of: {', '.join(names)}")
             effort = Effort(
-                numbers, rounds, warmup, max_tokens, requests, base, budgets=found.budgets
+                numbers,
+                rounds,
+                warmup,
+                max_tokens,
+                requests,
+                base,
+                arrivals=arrivals,
+                pause_s=pause,
+                budgets=found.budgets,
             )
             before = machine.describe()
             targets, outcome = asyncio.run(_run(console, chosen, targets, local, prompts, effort))
@@ -201,9 +224,10 @@ def bench(
     if footprints and chosen != "memory":
         console.print(report.footprint_table(footprints))
     how = f"{rounds} rounds after {warmup} of warm-up, {max_tokens} tokens each, "
+    rest = f"{pause:g} s of rest before each change of server, "
     size = f"picture {prompts.image.width} x {prompts.image.height}. "
     console.print(
-        ("" if chosen == "memory" else how) + size + machine.summary(before), markup=False
+        ("" if chosen == "memory" else how) + rest + size + machine.summary(before), markup=False
     )
     if json_path:
         settings = {
@@ -213,6 +237,8 @@ def bench(
             "streams": numbers,
             "max_tokens": max_tokens,
             "requests": requests,
+            "arrivals": arrivals,
+            "pause_s": pause,
             "seed": prompts.first,
             "dtype": dtype,
             "baseline": base,

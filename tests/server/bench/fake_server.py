@@ -20,7 +20,7 @@ class Script:
 
     prefill_s: seconds a prompt token, in which no answer gets on; pictures that it has seen cost
     nothing. shift_ms: what it says that mode `sample` took, and takes. num_broken: answers whose
-    client went away.
+    client went away. rows: answers at once, others wait; max_waiting: beyond these, 429.
     """
 
     accepts: frozenset[str] = frozenset({"ignore_eos", "stream_options", "steering", "n"})
@@ -31,6 +31,8 @@ class Script:
     fail: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
     num_broken: int = 0
+    rows: int = 1000
+    max_waiting: int = 1000
     engine: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -38,6 +40,8 @@ class Script:
 def fake_server(script: Script) -> Iterator[str]:
     """The server's URL; it runs in threads until the block ends."""
     seen: set[str] = set()
+    rows = threading.Semaphore(script.rows)
+    places = threading.Semaphore(script.rows + script.max_waiting)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -54,11 +58,16 @@ def fake_server(script: Script) -> Iterator[str]:
                 self._answer(script.refusal_status, {"detail": f"unexpected {sorted(unknown)}"})
             elif script.fail and body["max_tokens"] > 2:
                 self._answer(503, {"error": {"message": "no room"}})
+            elif not places.acquire(blocking=False):
+                self._answer(429, {"error": {"message": "the queue is full"}})
             else:
                 try:
-                    self._stream(body)
+                    with rows:
+                        self._stream(body)
                 except (BrokenPipeError, ConnectionResetError):
                     script.num_broken += 1
+                finally:
+                    places.release()
 
         def _stream(self, body: dict[str, Any]) -> None:
             self.send_response(200)

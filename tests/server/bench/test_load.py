@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from server.bench.load import Burst, Served, in_turn, measure, steady_gaps
-from server.bench.prompts import Prompts
+from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord
 from server.bench.target import BenchError, Target, resolved, variants
 from tests.server.bench.fake_server import Script, fake_server
@@ -121,6 +122,36 @@ def test_targets_take_turns_and_no_prompt_is_sent_twice() -> None:
     contents = [messages[0]["content"] for messages in sent]
     assert len({content[0]["image_url"]["url"] for content in contents}) == 36
     assert len({content[1]["text"] for content in contents}) == 36
+
+
+class Quick:
+    """A column that answers at once and writes down when it was asked."""
+
+    new_sizes = False
+
+    def __init__(self, name: str, process: str, asked: list[tuple[float, str]]) -> None:
+        self.name, self.process = name, process
+        self._asked = asked
+
+    async def answer(
+        self, chats: Sequence[Sequence[Message]], _max_tokens: int
+    ) -> list[StreamRecord]:
+        self._asked.append((time.perf_counter(), self.process))
+        return [StreamRecord() for _ in chats]
+
+
+def test_there_is_a_pause_before_another_process_and_none_between_its_own_conditions() -> None:
+    """Threads of a server that spun on after its last answer slowed the next one down."""
+    asked: list[tuple[float, str]] = []
+    columns = [Quick("a off", "a", asked), Quick("a on", "a", asked), Quick("b", "b", asked)]
+    start = time.perf_counter()
+    asyncio.run(
+        measure(columns, PROMPTS, streams=[1], rounds=2, max_tokens=2, warmup=0, pause_s=0.4)
+    )
+    assert [process for _, process in asked] == ["a", "a", "b", "b", "a", "a"]
+    times = [start, *(moment for moment, _ in asked)]
+    waited = [after - before > 0.39 for before, after in itertools.pairwise(times)]
+    assert waited == [True, False, True, False, True, False]
 
 
 def test_streams_run_at_once_and_waiting_is_measured() -> None:

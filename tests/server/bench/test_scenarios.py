@@ -21,23 +21,35 @@ Result = TypeVar("Result")
 
 
 def with_column(
-    script: Script, scenario: Callable[[list[Served]], Awaitable[Result]], pid: int = 0
+    script: Script,
+    scenario: Callable[[list[Served]], Awaitable[Result]],
+    pid: int = 0,
+    max_choices: int = 1,
 ) -> Result:
     async def go() -> Result:
         async with httpx.AsyncClient(timeout=10) as client:
-            target = Target("a", url, "the-model", dialect="ignore_eos", pid=pid)
+            target = Target(
+                "a", url, "the-model", dialect="ignore_eos", pid=pid, max_choices=max_choices
+            )
             return await scenario([Served(client, target)])
 
     with fake_server(script) as url:
         return asyncio.run(go())
 
 
-def run_stalls(script: Script) -> stalls.Stalls:
+def run_stalls(script: Script, arrivals_at_once: int = 1) -> stalls.Stalls:
     steps: list[str] = []
     [result] = with_column(
         script,
         lambda columns: stalls.run(
-            columns, PROMPTS, streams=[2], rounds=1, max_tokens=30, progress=steps.append
+            columns,
+            PROMPTS,
+            streams=[2],
+            rounds=1,
+            max_tokens=30,
+            arrivals_at_once=arrivals_at_once,
+            pause_s=0,
+            progress=steps.append,
         ),
     )
     assert len(steps) == 4  # a round of warm-up and one that counts, each without and with
@@ -55,6 +67,25 @@ def test_the_stall_of_an_arriving_prompt_is_seen_and_only_beside_it() -> None:
     assert result.worst.median == pytest.approx(result.disturbed.p99 / result.quiet.median)
 
 
+def test_arrivals_beyond_the_rows_wait_and_do_not_fail() -> None:
+    """Two answers, two rows beside them, six arrivals."""
+    script = Script(gap_s=0.01, prefill_s=10e-6, rows=4)
+    result = run_stalls(script, arrivals_at_once=6)
+    assert (result.arrivals_at_once, result.num_failed) == (6, 0), result.first_error
+    assert result.num_arrivals > 2
+    assert result.worst is not None and result.worst.median > 1.2
+    assert script.num_broken == 0
+
+
+def test_arrivals_that_an_overloaded_server_refuses_are_counted_and_not_repeated() -> None:
+    """Two rows are taken by the answers, two arrivals wait, two are refused."""
+    script = Script(gap_s=0.01, rows=2, max_waiting=2)
+    result = run_stalls(script, arrivals_at_once=4)
+    assert (result.num_failed, result.first_error[:4]) == (2, "429:"), result.first_error
+    assert result.quiet is not None and result.disturbed is not None
+    assert result.num_arrivals == 0 and result.arrival_tokens is None
+
+
 def test_a_server_that_refuses_the_long_prompts_is_quoted() -> None:
     with pytest.raises(BenchError, match="a prompt of 100 words without a picture: 400"):
         run_stalls(Script(accepts=frozenset()))
@@ -65,7 +96,7 @@ def test_a_second_turn_repeats_the_picture_and_the_answer() -> None:
     [result] = with_column(
         script,
         lambda columns: second_turn.run(
-            columns, PROMPTS, rounds=3, max_tokens=5, progress=lambda _: None
+            columns, PROMPTS, rounds=3, max_tokens=5, pause_s=0, progress=lambda _: None
         ),
     )
     first, second = script.bodies[0]["messages"], script.bodies[1]["messages"]
@@ -89,20 +120,47 @@ def test_the_memory_of_a_process_is_read_while_requests_come_and_go() -> None:
             num_requests=60,
             num_streams=12,
             budgets={os.getpid(): budget},
+            pause_s=0,
             progress=lambda _: None,
         ),
         pid=os.getpid(),
+        max_choices=8,
     )
     assert result.num_requests == 60 and result.num_failed == 0, result.first_error
     assert 0 < result.num_cancelled < 30
     assert 0 < script.num_broken <= result.num_cancelled
     assert result.ratio == result.peak_bytes / (4 * 10**6)
     assert [sample.num_requests for sample in result.samples] == list(range(1, 61))
+    ratio = result.serving_ratio
+    assert ratio is not None and ratio.n == 60 and 2 < ratio.low <= ratio.high <= result.ratio
     kinds = {
         (isinstance(body["messages"][0]["content"], str), body.get("n", 1) > 1)
         for body in script.bodies
     }
     assert kinds == {(True, False), (True, True), (False, False), (False, True)}
+    assert max(body.get("n", 1) for body in script.bodies) == 4
+
+
+@pytest.mark.parametrize("max_choices", [1, 2])
+def test_no_request_asks_for_more_choices_than_the_server_takes(max_choices: int) -> None:
+    """Requests with n = 4 to a server of one row came back 400 and were counted as failures."""
+    script = Script()
+    [result] = with_column(
+        script,
+        lambda columns: soak.run(
+            columns,
+            PROMPTS,
+            num_requests=60,
+            num_streams=12,
+            budgets={},
+            pause_s=0,
+            progress=lambda _: None,
+        ),
+        pid=os.getpid(),
+        max_choices=max_choices,
+    )
+    assert result.num_failed == 0 and result.ratio is None and result.serving_ratio is None
+    assert max(body.get("n", 1) for body in script.bodies) == max_choices
 
 
 def test_a_process_that_has_ended_is_an_error() -> None:
@@ -115,6 +173,7 @@ def test_a_process_that_has_ended_is_an_error() -> None:
                 num_requests=1,
                 num_streams=1,
                 budgets={},
+                pause_s=0,
                 progress=lambda _: None,
             ),
             pid=2**22 + 1,  # over the largest process id

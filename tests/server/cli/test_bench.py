@@ -24,9 +24,11 @@ def test_one_command_compares_servers_and_steering_and_writes_everything(tmp_pat
             app,
             ["--url", f"ours={ours}/v1", "--url", f"theirs={theirs}"]
             + ["--steering", "ours=off,0.25,sample-warm", "--api-key", "theirs=secret-key"]
-            + ["--streams", "1,2", "--rounds", "2", "--max-tokens", "4", "--json", str(written)],
+            + ["--streams", "1,2", "--rounds", "2", "--max-tokens", "4", "--json", str(written)]
+            + ["--pause", "0.01"],
         )
     assert result.exit_code == 0, result.output
+    assert "0.01 s of rest before each change of server" in " ".join(result.output.split())
     names = ["ours off", "ours 0.25", "ours sample-warm", "theirs"]
     assert all(name in result.output for name in names)
     assert "Ratio to ours off" in result.output
@@ -48,36 +50,54 @@ def test_one_command_compares_servers_and_steering_and_writes_everything(tmp_pat
     assert report["comparisons"][1]["target"] == "ours sample-warm" and 0.08 < more["median"] < 0.3
     assert len(report["bursts"]) == 16
     assert report["machine"]["packages"]["torch"] and report["machine"]["load_average_after"]
+    assert report["settings"]["pause_s"] == 0.01
     assert "secret-key" not in json.dumps(report["targets"])
 
 
 @pytest.mark.parametrize(
-    ("scenario", "title", "part", "figure"),
+    ("scenario", "title", "columns", "part", "figure"),
     [
-        ("stalls", "while long prompts arrive", "stalls", "worst"),
-        ("second-turn", "two questions about one picture", "second_turn", "ratio"),
+        (
+            "stalls",
+            "while long prompts arrive",
+            ["p99 with / median alone", "rounds", "at once"],
+            "stalls",
+            "worst",
+        ),
+        (
+            "second-turn",
+            "two questions about one picture",
+            ["second / first", "conversations"],
+            "second_turn",
+            "ratio",
+        ),
     ],
 )
 def test_a_scenario_has_its_own_table_and_part(
-    scenario: str, title: str, part: str, figure: str, tmp_path: Path
+    scenario: str, title: str, columns: list[str], part: str, figure: str, tmp_path: Path
 ) -> None:
     written = tmp_path / "bench.json"
     with fake_server(Script(gap_s=0.01)) as url:
         result = runner.invoke(
             app,
             ["--scenario", scenario, "--url", f"ours={url}", "--steering", "ours=off,dataset"]
-            + ["--streams", "2", "--rounds", "1", "--max-tokens", "8", "--json", str(written)],
+            + ["--streams", "2", "--rounds", "1", "--max-tokens", "24", "--json", str(written)]
+            + ["--pause", "0", "--arrivals", "3"],
         )
     assert result.exit_code == 0, result.output
-    assert title in result.output
+    assert title in " ".join(result.output.split())
+    assert all(column in result.output for column in columns), result.output
     rows = json.loads(written.read_text())[part]
     assert [row["target"] for row in rows] == ["ours off", "ours dataset"]
     assert all(row[figure]["median"] > 0 for row in rows)
+    assert part != "stalls" or [row["arrivals_at_once"] for row in rows] == [3, 3]
 
 
 def test_a_failed_chat_makes_the_command_fail() -> None:
     with fake_server(Script(fail=True)) as url:
-        result = runner.invoke(app, ["--url", f"x={url}", "--streams", "1", "--rounds", "1"])
+        result = runner.invoke(
+            app, ["--url", f"x={url}", "--streams", "1", "--rounds", "1", "--pause", "0"]
+        )
     assert result.exit_code == 1
     assert "1 failed: 503" in result.output
 
