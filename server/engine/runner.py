@@ -13,15 +13,13 @@ from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
 from server.engine.cache import KVShape, PromptCache, RowCache, Slab
-from server.engine.families import Family, embed, encode_image, image_blocks, images_between
+from server.engine.families import Family, bidirectional_blocks, embed, encode_image, images_between
 from server.engine.prefix import PrefixCache
 from server.engine.scheduler import PrefillChunk
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
 from server.engine.types import EngineError, ImageInput
 from server.engine.vision import SHARED_NAMESPACE, VisionCache
-
-# Corrupted pictures that only their size decides hold nothing of anybody's.
-SIZE_DECIDES = ("blank", "gray")
+from steering.corruption import MEANINGLESS
 
 
 class SteeringFaultError(EngineError):
@@ -135,7 +133,7 @@ class Runner:
         self._order, self._slabs = [], []  # what the cache holds has moved, or has been dropped
 
     def _embed(self, state: PromptState, active: ActiveRequest, start: int) -> None:
-        is_shared = state.role == "corrupted" and active.request.plan.corruption in SIZE_DECIDES
+        is_shared = state.role == "corrupted" and active.request.plan.corruption in MEANINGLESS
         namespace = SHARED_NAMESPACE if is_shared else active.request.namespace
         end = len(state.prompt)
 
@@ -167,9 +165,6 @@ class Runner:
         if is_end and active.measures_shift:
             corrupted, text_only, _ = (at[id(prompt)] for prompt in active.prompts)
             shift = Shift(active.request.plan, corrupted, text_only)
-        blocks: list[tuple[int, int]] = []
-        if self._family.has_bidirectional_images:
-            blocks = image_blocks(self._model, state.prompt.token_ids)
         return Chunk(
             embeds=state.embeds[chunk.start - offset : chunk.end - offset],
             positions=state.prompt.position_ids[:, chunk.start : chunk.end].to(self._device),
@@ -178,7 +173,7 @@ class Runner:
             end=chunk.end,
             delta=active.delta if is_end and shift is None else None,
             shift=shift,
-            pictures=tuple(blocks),
+            pictures=bidirectional_blocks(self._family, self._model, state.prompt),
             wants_hidden=is_end,
         )
 
