@@ -1,5 +1,5 @@
 """`python -m server.cli`, the same as `deshift`."""
 
-from server.cli.main import app
+from server.cli.main import run
 
-app()
+run()

@@ -3,6 +3,7 @@
 A subcommand imports what is heavy when it runs, so that `--help` and `vectors list` are quick.
 """
 
+import sys
 from typing import Any
 
 import typer
@@ -11,6 +12,7 @@ from typer.core import TyperGroup
 from server.cli.bench import bench
 from server.cli.demo import demo
 from server.cli.extract import extract
+from server.cli.memory import with_huge_pages
 from server.cli.serve import serve
 from server.cli.vectors import vectors
 from server.engine.types import EngineError
@@ -40,3 +42,10 @@ app.command()(extract)
 app.add_typer(vectors, name="vectors")
 app.command()(bench)
 app.command()(demo)
+
+
+def run() -> None:
+    """The `deshift` command."""
+    if sys.argv[1:2] == ["serve"]:
+        with_huge_pages()
+    app()
