@@ -14,7 +14,9 @@ from tests.tiny_models import TinyModel
 def test_the_layers_are_the_language_models(tiny_model: TinyModel) -> None:
     layers = decoder_layers(tiny_model.model)
     assert len(layers) == tiny_model.model.config.get_text_config().num_hidden_layers
-    assert layers == list(tiny_model.model.model.language_model.layers)
+    body = tiny_model.model.model
+    decoder = body.text_model if hasattr(body, "text_model") else body.language_model
+    assert layers == list(decoder.layers)
 
 
 def test_a_layer_count_that_differs_from_the_config_is_refused(tiny_llava: TinyModel) -> None:
