@@ -176,14 +176,17 @@ class RowCache(Generic[Row]):
 
     Attention looks at one slab after the other, so that a long row costs the short ones nothing.
     Classes double from SHORTEST up to `max_len`. A row that outgrows its class moves to the next. A
-    slab without rows is dropped, but for the shortest: what most chats need stays in place.
+    slab without rows stays for those to come, because fresh memory is slow to touch, as long as all
+    slabs together have used no more than `max_tokens`.
     """
 
     SHORTEST = 256
 
-    def __init__(self, shape: KVShape, max_len: int, max_rows: int) -> None:
+    def __init__(self, shape: KVShape, max_len: int, max_rows: int, max_tokens: int) -> None:
         self._shape = shape
         self._max_len = max_len
+        self._max_tokens = max_tokens
+        self._most_rows: dict[int, int] = {}  # that a slab has had, by class
         self._max_rows = max_rows
         # On a CPU room costs nothing until it is used.
         self._first_capacity = max_rows if shape.device.type == "cpu" else 1
@@ -204,6 +207,11 @@ class RowCache(Generic[Row]):
         if each >= max_len:
             return max_len
         return 1 << (each.bit_length() - 1) if each >= cls.SHORTEST else 0
+
+    @property
+    def num_used(self) -> int:
+        """Tokens of memory that the slabs have used: each as many rows as it has had at once."""
+        return sum(length * most for length, most in self._most_rows.items())
 
     @property
     def size(self) -> int:
@@ -236,8 +244,7 @@ class RowCache(Generic[Row]):
             slab.clear(len(rows))  # the place that is free now: `last` may be unclean as well
         if not rows:
             del self._rows[length]
-            if length > self.SHORTEST:
-                del self._slabs[length]
+            self._trim()
 
     def arrange(self, lengths: Mapping[Row, int]) -> list[tuple[Slab, list[Row]]]:
         """Make room for one token more in every row, of now lengths[row] tokens; returns the slabs
@@ -260,6 +267,14 @@ class RowCache(Generic[Row]):
             slab = self._slabs[row_class] = Slab(self._shape, row_class, self._first_capacity)
         rows = self._rows.setdefault(row_class, [])
         slab.fit(len(rows) + 1, self._max_rows)
+        self._most_rows[row_class] = max(self._most_rows.get(row_class, 0), len(rows) + 1)
         slab.put(len(rows), kv)
         rows.append(row)
         self._classes[row], self._lengths[row] = row_class, length
+
+    def _trim(self) -> None:
+        """Drop slabs without rows, the longest first, until what was used fits the budget."""
+        for length in sorted(self._slabs.keys() - self._rows.keys(), reverse=True):
+            if self.num_used <= self._max_tokens:
+                return
+            del self._slabs[length], self._most_rows[length]

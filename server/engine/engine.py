@@ -235,6 +235,7 @@ class EmbeddedEngine:
                     decoder,
                     self._config.max_model_len,
                     self._config.max_rows,
+                    self._config.kv_budget,
                     self._config.prefix_cache_bytes,
                     self._config.vision_cache_bytes,
                 )

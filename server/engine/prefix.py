@@ -95,14 +95,14 @@ class PrefixCache:
         self.missed_tokens += len(prompt) - num_tokens
         return num_tokens
 
-    def store(self, prompt: Prompt, namespace: str, kv: Tensor) -> None:
+    def store(self, prompt: Prompt, namespace: str, kv: Tensor, num_computed: int) -> None:
         """Keep copies of the blocks that are not kept yet.
 
-        kv (L, 2, H, T, Dh): the prompt's keys and values, computed at least up to its last token.
-        As many blocks from the start as the budget holds; none from the first on that holds NaN
+        kv (L, 2, H, T, Dh): the prompt's keys and values, computed up to token `num_computed`. As
+        many blocks from the start as the budget holds; none from the first on that holds NaN
         or infinity.
         """
-        max_tokens = self._blocks.budget_bytes // kv[..., :1, :].nbytes
+        max_tokens = min(self._blocks.budget_bytes // kv[..., :1, :].nbytes, num_computed)
         fitting = takewhile(lambda block: block.end <= max_tokens, blocks_of(prompt, namespace))
         blocks = list(fitting)
         kept = list(takewhile(self._keeps, blocks))

@@ -40,6 +40,7 @@ class Runner:
         decoder: Decoder,
         max_len: int,
         max_rows: int,
+        max_tokens: int,
         prefix_cache_bytes: int = 0,
         vision_cache_bytes: int = 0,
     ) -> None:
@@ -48,7 +49,7 @@ class Runner:
         self._decoder = decoder
         self._device: torch.device = model.device
         self._shape = KVShape.of(model)
-        self._rows: RowCache[Sequence] = RowCache(self._shape, max_len, max_rows)
+        self._rows: RowCache[Sequence] = RowCache(self._shape, max_len, max_rows, max_tokens)
         self.prefix = PrefixCache(prefix_cache_bytes)
         self.vision = VisionCache(vision_cache_bytes)
         # What the rows subtract at each layer, ready-made: (L, rows, D), None when nothing.
@@ -112,8 +113,7 @@ class Runner:
         for index, (delta, doses) in output.shifts.items():
             chunks[index].active.delta, chunks[index].active.doses = delta, doses
         for chunk in chunks:
-            if chunk.is_last:
-                self._keep(chunk)
+            self._keep(chunk)
         hidden = output.hidden
         # Nothing to look at when no prompt has ended and no row runs.
         logits = self._decoder.logits(hidden) if len(hidden) else hidden
@@ -209,10 +209,12 @@ class Runner:
         return table.to(self._decoder.steering_dtype)
 
     def _keep(self, chunk: PrefillChunk) -> None:
-        """A prompt is whole: what lies before its last token may serve others."""
+        """What lies before a prompt's last token may serve others; kept chunk by chunk, so that
+        no step pays for a long prompt at once."""
         state = chunk.state
         assert state.cache is not None
-        self.prefix.store(state.prompt, chunk.active.request.namespace, state.cache.kv)
+        namespace = chunk.active.request.namespace
+        self.prefix.store(state.prompt, namespace, state.cache.kv, chunk.end)
 
     def _account(
         self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], output: Output, token_s: float

@@ -100,7 +100,7 @@ def test_the_longest_rows_that_fit_do_and_one_token_more_does_not(max_len: int) 
 
 
 def test_a_row_that_outgrows_its_class_takes_its_keys_along() -> None:
-    cache: RowCache[str] = RowCache(SHAPE, 2048, 4)
+    cache: RowCache[str] = RowCache(SHAPE, 2048, 4, 4 * 2048)
     cache.join("long", filled(255, 1.0))
     cache.join("short", filled(10, 2.0))
     ((slab, rows),) = cache.arrange({"long": 255, "short": 10})
@@ -115,7 +115,7 @@ def test_a_row_that_outgrows_its_class_takes_its_keys_along() -> None:
 @pytest.mark.parametrize("leaving", [0, 1, 2])
 def test_what_an_unclean_row_held_reaches_nobody(leaving: int) -> None:
     """A masked NaN still makes the score's product one."""
-    cache: RowCache[int] = RowCache(SHAPE, 256, 4)
+    cache: RowCache[int] = RowCache(SHAPE, 256, 4, 4 * 256)
     for row in range(3):
         cache.join(row, filled(40, float("nan")) if row == leaving else filled(20, 1.0))
     lengths = {row: 40 if row == leaving else 20 for row in range(3)}
@@ -128,7 +128,7 @@ def test_what_an_unclean_row_held_reaches_nobody(leaving: int) -> None:
 
 def test_what_several_unclean_rows_held_reaches_nobody() -> None:
     """The choices of one prompt leave together; the first moved the second's NaN about."""
-    cache: RowCache[int] = RowCache(SHAPE, 256, 4)
+    cache: RowCache[int] = RowCache(SHAPE, 256, 4, 4 * 256)
     for row in range(3):
         cache.join(row, filled(20, float("nan") if row else 1.0))
     ((slab, _),) = cache.arrange({row: 20 for row in range(3)})
@@ -140,7 +140,7 @@ def test_what_several_unclean_rows_held_reaches_nobody() -> None:
 def test_random_rows_keep_their_keys() -> None:
     """Joining, growing and leaving in any order, against a dictionary of what was written."""
     chance = random.Random(3)
-    cache: RowCache[int] = RowCache(SHAPE, 600, 4)
+    cache: RowCache[int] = RowCache(SHAPE, 600, 4, 4 * 600)
     expected: dict[int, Tensor] = {}
     for step in range(400):
         if len(expected) < 6 and chance.random() < 0.2:
@@ -169,8 +169,14 @@ def test_random_rows_keep_their_keys() -> None:
     assert cache.size == sum(RowCache.footprint(kv.shape[3], 600) for kv in expected.values())
 
 
-def test_no_memory_is_kept_when_no_row_is_left() -> None:
-    cache: RowCache[int] = RowCache(SHAPE, 256, 4)
+def test_empty_slabs_stay_within_the_budget() -> None:
+    cache: RowCache[int] = RowCache(SHAPE, 1024, 4, max_tokens=1024 + 256)
     cache.join(0, filled(5, 1.0))
+    cache.join(1, filled(600, 1.0))
     cache.leave(0)
-    assert cache.size == 0 and cache.arrange({}) == []
+    cache.leave(1)
+    assert (cache.size, cache.num_used) == (0, 1280), "both stay for those to come"
+    cache.join(2, filled(300, 1.0))
+    cache.leave(2)
+    assert cache.num_used == 256 + 512, "the longest goes"
+    assert cache.arrange({}) == []

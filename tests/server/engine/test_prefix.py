@@ -66,7 +66,7 @@ def loaded(cache: PrefixCache, prompt: Prompt, namespace: str = "") -> int:
 def filled(*prompts: Prompt, namespace: str = "", budget: int = PLENTY) -> PrefixCache:
     cache = PrefixCache(budget)
     for each in prompts:
-        cache.store(each, namespace, true_kv(each))
+        cache.store(each, namespace, true_kv(each), len(each))
     return cache
 
 
@@ -117,7 +117,7 @@ def test_another_picture_behind_the_same_token_ids_misses() -> None:
     assert cat.token_ids == dog.token_ids
     cache = filled(cat)
     assert loaded(cache, dog) == 16  # the text before the picture's first token
-    cache.store(dog, "", true_kv(dog))
+    cache.store(dog, "", true_kv(dog), len(dog))
     assert loaded(cache, dog) == loaded(cache, cat) == 76
 
 
@@ -187,7 +187,7 @@ def test_another_tenants_text_after_the_shared_part_stays_unseen() -> None:
     asked = prompt(text(16), ("white", 16), text(33, first=300), shared_len=32)
     cache = filled(asked, namespace="tenant")
     alone = cache.num_bytes
-    cache.store(asked, "other", true_kv(asked))
+    cache.store(asked, "other", true_kv(asked), len(asked))
     assert cache.num_bytes - alone == 32 * TOKEN_BYTES
     assert loaded(cache, asked, "third") == 32
 
@@ -203,7 +203,7 @@ def test_a_kept_block_is_a_copy() -> None:
     asked = prompt(text(17))
     kv = true_kv(asked)
     cache = PrefixCache(PLENTY)
-    cache.store(asked, "", kv)
+    cache.store(asked, "", kv, len(asked))
     kv.zero_()
     assert loaded(cache, asked) == 16
 
@@ -222,7 +222,7 @@ def test_the_least_recently_used_prompt_goes_first() -> None:
     a, b, c = (prompt(text(33, first=first)) for first in (100, 200, 300))
     cache = filled(a, b, budget=budget)
     assert loaded(cache, a) == 32
-    cache.store(c, "", true_kv(c))
+    cache.store(c, "", true_kv(c), len(c))
     assert [loaded(cache, each) for each in (a, b, c)] == [32, 0, 32]
     assert cache.num_bytes == budget
 
@@ -256,10 +256,10 @@ def test_a_prompt_larger_than_the_budget_keeps_what_fits_from_its_start() -> Non
     cache = filled(large, large, budget=50 * TOKEN_BYTES)
     assert loaded(cache, large) == 48
     small = prompt(text(17, first=500))
-    cache.store(small, "", true_kv(small))
+    cache.store(small, "", true_kv(small), len(small))
     assert loaded(cache, small) == 16
     assert loaded(cache, large) == 32
-    cache.store(large, "", true_kv(large))
+    cache.store(large, "", true_kv(large), len(large))
     assert loaded(cache, large) == 48
 
 
@@ -271,10 +271,10 @@ def test_nothing_is_kept_from_the_first_bad_block_on(bad: float, at: int, expect
     kv = true_kv(asked)
     kv[1, 1, 0, at, 2] = bad
     cache = PrefixCache(PLENTY)
-    cache.store(asked, "", kv)
+    cache.store(asked, "", kv, len(asked))
     assert cache.num_bytes == expected * TOKEN_BYTES
     assert loaded(cache, asked) == expected
-    cache.store(asked, "", true_kv(asked))
+    cache.store(asked, "", true_kv(asked), len(asked))
     assert loaded(cache, asked) == 64
 
 
@@ -292,11 +292,11 @@ def test_memory_that_runs_out_leaves_a_cache_that_works(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(cache._blocks, "put", put_once)
         with pytest.raises(MemoryError):
-            cache.store(second, "", true_kv(second))
+            cache.store(second, "", true_kv(second), len(second))
     other = prompt(text(49, first=500))
-    cache.store(other, "", true_kv(other))
+    cache.store(other, "", true_kv(other), len(other))
     assert loaded(cache, second) == 16
-    cache.store(second, "", true_kv(second))
+    cache.store(second, "", true_kv(second), len(second))
     assert loaded(cache, second) == 64
 
 
@@ -398,7 +398,7 @@ def test_random_use_agrees_with_a_plain_model_of_the_cache(seed: int) -> None:
             assert kv[..., n:, :].eq(-1.0).all()
             hits, asked = hits + n, asked + len(each)
         else:
-            cache.store(each, namespace, kv)
+            cache.store(each, namespace, kv, len(each))
             kv.fill_(float("nan"))
             model.store(each, namespace)
         assert cache.num_bytes == model.num_bytes <= budget
@@ -412,3 +412,11 @@ def test_random_use_agrees_with_a_plain_model_of_the_cache(seed: int) -> None:
         if end <= cache.load(each, namespace, known[id(each)].clone())
     }
     assert sum(loadable.values()) == cache.num_bytes
+
+
+def test_a_prompt_is_kept_as_far_as_it_is_computed() -> None:
+    cache = PrefixCache(PLENTY)
+    asked = prompt(text(100))
+    for num_computed in (10, 40, 70, 100):
+        cache.store(asked, "", true_kv(asked), num_computed)
+        assert loaded(cache, asked) == min(num_computed, 99) // 16 * 16
