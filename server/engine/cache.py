@@ -5,11 +5,11 @@ positions are the decoder's. What may be shared between requests is prefix.py's.
 """
 
 import math
+import mmap
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,13 +39,25 @@ class KVShape:
         )
 
 
+def _zeros(size: tuple[int, ...], shape: KVShape) -> Tensor:
+    """Zeros, because uninitialised memory may hold NaN.
+
+    On a CPU from the system itself, which hands out small pages as they are written: room for a
+    long prompt or row costs nothing before it is used, and no single step pays for all of it.
+    """
+    if shape.device.type != "cpu":
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    num_bytes = math.prod(size) * shape.dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=shape.dtype).view(size)
+
+
 class PromptCache:
     """The KV of one prompt, filled chunk by chunk: `kv` (L, 2, H, length, Dh)."""
 
     def __init__(self, shape: KVShape, length: int) -> None:
         self.length = length
         size = (shape.num_layers, 2, shape.num_heads, length, shape.head_dim)
-        self.kv = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.kv = _zeros(size, shape)
         self._start = 0
 
     def begin(self, start: int) -> None:
@@ -154,18 +166,6 @@ class Slab:
         self.keys = _zeros((*rows, shape.head_dim, self.length), shape)
         self.values = _zeros((*rows, self.length, shape.head_dim), shape)
         self._views_of = (0, 0)
-
-
-def _zeros(size: tuple[int, ...], shape: KVShape) -> Tensor:
-    """Zeros, because uninitialised memory may hold NaN.
-
-    On a CPU the system hands them out page by page as they are written, so that room for a long
-    row costs nothing before it is used.
-    """
-    if shape.device.type != "cpu":
-        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
-    num_bytes = math.prod(size) * shape.dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(shape.dtype).view(size)
 
 
 Row = TypeVar("Row", bound=Hashable)
