@@ -196,7 +196,13 @@ def test_the_official_client_creates_and_streams_the_same_answer(
     assert text == whole.choices[0].message.content
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert chunks[-1].usage == whole.usage
+    again, first = chunks[-1].usage, whole.usage
+    assert again is not None and first is not None
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [getattr(again, name) for name in counts] == [getattr(first, name) for name in counts]
+    cached = [usage.prompt_tokens_details for usage in (first, again)]
+    assert cached[0] is not None and cached[0].cached_tokens == 0
+    assert cached[1] is not None and (cached[1].cached_tokens or 0) > 0, "the same prompt again"
     applied = whole.model_extra["steering"]  # type: ignore[index]
     assert (applied["mode"], applied["alpha"], applied["reason"]) == ("dataset", 0.5, None)
     assert applied["vector"] == made_store[1]
@@ -368,7 +374,9 @@ def test_without_valid_vectors_no_picture_is_answered_unsteered(site: Site, tmp_
     corrupt_vectors(site)
     with serving(site, tmp_path) as server:
         assert httpx.get(f"{server.url}/ready").status_code == 503
-        with pytest.raises(openai.InternalServerError, match="no valid set of shift vectors"):
+        with pytest.raises(
+            openai.InternalServerError, match="steered by shift vectors, and there is no valid set"
+        ):
             server.client().chat.completions.create(messages=about("Hi", 1), **FAST)
         server.client().chat.completions.create(messages=about("Hi"), **FAST)
         healed = deshift("vectors", "activate", site.vector_id, "--store", site.store_url)
