@@ -7,7 +7,7 @@ No locks: used on the engine thread only; other threads may read the counters.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -79,23 +79,24 @@ class PrefixCache:
         """Memory that the kept KV takes; never more than the budget."""
         return self._blocks.num_bytes
 
-    def load(self, prompt: Prompt, namespace: str, kv: Tensor) -> int:
+    def load(self, blocks: Sequence[Block], kv: Tensor) -> int:
         """Copy the longest kept beginning of a prompt into kv[..., :n, :]; returns n.
 
-        kv (L, 2, H, T, Dh): the prompt's keys and values, T >= n, of the model's own dtype.
-        n < len(prompt), for the last token must be computed: it is steered and its logits are
-        needed. n may lie within a picture, when the blocks after it had to go.
+        blocks: the prompt's, by `blocks_of`. kv (L, 2, H, T, Dh): room for the keys and values of
+        its T tokens, of the model's own dtype. n < T, for the last token must be computed: it is
+        steered and its logits are needed. n may lie within a picture, when the blocks after it had
+        to go.
         """
-        kept = list(takewhile(self._keeps, blocks_of(prompt, namespace)))
+        kept = list(takewhile(self._keeps, blocks))
         num_tokens = kept[-1].end if kept else 0
         if kept:
             parts = self._touch(kept)
             torch.cat(parts, dim=3, out=kv[..., :num_tokens, :])
         self.hit_tokens += num_tokens
-        self.missed_tokens += len(prompt) - num_tokens
+        self.missed_tokens += kv.shape[3] - num_tokens
         return num_tokens
 
-    def store(self, prompt: Prompt, namespace: str, kv: Tensor, num_computed: int) -> None:
+    def store(self, blocks: Sequence[Block], kv: Tensor, num_computed: int) -> None:
         """Keep copies of the blocks that are not kept yet.
 
         kv (L, 2, H, T, Dh): the prompt's keys and values, computed up to token `num_computed`. As
@@ -103,12 +104,11 @@ class PrefixCache:
         or infinity.
         """
         max_tokens = min(self._blocks.budget_bytes // kv[..., :1, :].nbytes, num_computed)
-        fitting = takewhile(lambda block: block.end <= max_tokens, blocks_of(prompt, namespace))
-        blocks = list(fitting)
-        kept = list(takewhile(self._keeps, blocks))
+        fitting = list(takewhile(lambda block: block.end <= max_tokens, blocks))
+        kept = list(takewhile(self._keeps, fitting))
         self._touch(kept)  # so that none of them makes room for its own descendants
         try:
-            for block in blocks[len(kept) :]:
+            for block in fitting[len(kept) :]:
                 if not self._blocks.put(block.key, kv[..., block.start : block.end, :]):
                     break
                 kept.append(block)

@@ -14,7 +14,7 @@ from torch import Tensor
 from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
 from server.engine.cache import KVShape, PromptCache, RowCache, Slab
 from server.engine.families import Family, bidirectional_blocks, embed, encode_image, images_between
-from server.engine.prefix import PrefixCache
+from server.engine.prefix import PrefixCache, blocks_of
 from server.engine.scheduler import PrefillChunk
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
 from server.engine.types import EngineError, ImageInput
@@ -63,8 +63,8 @@ class Runner:
         """Make its prompts' caches and fill them with what the prefix cache has."""
         for state in active.prompts:
             state.cache = PromptCache(self._shape, len(state.prompt))
-            namespace = active.request.namespace
-            state.num_cached = self.prefix.load(state.prompt, namespace, state.cache.kv)
+            state.blocks = list(blocks_of(state.prompt, active.request.namespace))
+            state.num_cached = self.prefix.load(state.blocks, state.cache.kv)
             state.num_done = state.num_cached
 
     def embed(self, chunk: PrefillChunk) -> None:
@@ -213,8 +213,7 @@ class Runner:
         no step pays for a long prompt at once."""
         state = chunk.state
         assert state.cache is not None
-        namespace = chunk.active.request.namespace
-        self.prefix.store(state.prompt, namespace, state.cache.kv, chunk.end)
+        self.prefix.store(state.blocks, state.cache.kv, chunk.end)
 
     def _account(
         self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], output: Output, token_s: float

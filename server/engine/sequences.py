@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.cache import PromptCache
+    from server.engine.prefix import Block
 
 
 class MissingShiftError(EngineError):
@@ -86,12 +87,14 @@ class Sequence:
 class PromptState:
     """One prompt on its way through prefill: the request's own, or one of its pair.
 
-    num_done: tokens whose KV is in `cache`; num_cached of them came from the prefix cache.
-    embeds (T, D): of the tokens from `embeds_start` on, once the first chunk is due.
+    blocks: what the prefix cache knows it by. num_done: tokens whose KV is in `cache`; num_cached
+    of them came from the prefix cache. embeds (T, D): of the tokens from `embeds_start` on, once
+    the first chunk is due.
     """
 
     prompt: Prompt
     role: Literal["own", "corrupted", "text-only"]
+    blocks: "list[Block]" = field(default_factory=list)
     num_done: int = 0
     num_cached: int = 0
     cache: "PromptCache | None" = None

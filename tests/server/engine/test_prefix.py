@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.prefix import PrefixCache
+from server.engine.prefix import PrefixCache, blocks_of
 from server.engine.types import ImageInput, Prompt
 
 SHAPE = (2, 2, 1, 3)  # layers, keys and values, heads, head_dim
@@ -56,8 +56,8 @@ def true_kv(prompt: Prompt) -> Tensor:
 
 def loaded(cache: PrefixCache, prompt: Prompt, namespace: str = "") -> int:
     """Load, check every number that came and that no other was touched; returns how many tokens."""
-    kv = torch.full((*SHAPE[:3], len(prompt) + 5, SHAPE[3]), -1.0)
-    n = cache.load(prompt, namespace, kv)
+    kv = torch.full((*SHAPE[:3], len(prompt), SHAPE[3]), -1.0)
+    n = cache.load(list(blocks_of(prompt, namespace)), kv)
     torch.testing.assert_close(kv[..., :n, :], true_kv(prompt)[..., :n, :], rtol=0, atol=0)
     assert kv[..., n:, :].eq(-1.0).all()
     return n
@@ -66,7 +66,7 @@ def loaded(cache: PrefixCache, prompt: Prompt, namespace: str = "") -> int:
 def filled(*prompts: Prompt, namespace: str = "", budget: int = PLENTY) -> PrefixCache:
     cache = PrefixCache(budget)
     for each in prompts:
-        cache.store(each, namespace, true_kv(each), len(each))
+        cache.store(list(blocks_of(each, namespace)), true_kv(each), len(each))
     return cache
 
 
@@ -117,7 +117,7 @@ def test_another_picture_behind_the_same_token_ids_misses() -> None:
     assert cat.token_ids == dog.token_ids
     cache = filled(cat)
     assert loaded(cache, dog) == 16  # the text before the picture's first token
-    cache.store(dog, "", true_kv(dog), len(dog))
+    cache.store(list(blocks_of(dog, "")), true_kv(dog), len(dog))
     assert loaded(cache, dog) == loaded(cache, cat) == 76
 
 
@@ -187,7 +187,7 @@ def test_another_tenants_text_after_the_shared_part_stays_unseen() -> None:
     asked = prompt(text(16), ("white", 16), text(33, first=300), shared_len=32)
     cache = filled(asked, namespace="tenant")
     alone = cache.num_bytes
-    cache.store(asked, "other", true_kv(asked), len(asked))
+    cache.store(list(blocks_of(asked, "other")), true_kv(asked), len(asked))
     assert cache.num_bytes - alone == 32 * TOKEN_BYTES
     assert loaded(cache, asked, "third") == 32
 
@@ -203,7 +203,7 @@ def test_a_kept_block_is_a_copy() -> None:
     asked = prompt(text(17))
     kv = true_kv(asked)
     cache = PrefixCache(PLENTY)
-    cache.store(asked, "", kv, len(asked))
+    cache.store(list(blocks_of(asked, "")), kv, len(asked))
     kv.zero_()
     assert loaded(cache, asked) == 16
 
@@ -212,7 +212,7 @@ def test_what_was_loaded_may_be_written_to() -> None:
     asked = prompt(text(17))
     cache = filled(asked)
     kv = torch.zeros(*SHAPE[:3], 17, SHAPE[3])
-    cache.load(asked, "", kv)
+    cache.load(list(blocks_of(asked, "")), kv)
     kv.zero_()
     assert loaded(cache, asked) == 16
 
@@ -222,7 +222,7 @@ def test_the_least_recently_used_prompt_goes_first() -> None:
     a, b, c = (prompt(text(33, first=first)) for first in (100, 200, 300))
     cache = filled(a, b, budget=budget)
     assert loaded(cache, a) == 32
-    cache.store(c, "", true_kv(c), len(c))
+    cache.store(list(blocks_of(c, "")), true_kv(c), len(c))
     assert [loaded(cache, each) for each in (a, b, c)] == [32, 0, 32]
     assert cache.num_bytes == budget
 
@@ -256,10 +256,10 @@ def test_a_prompt_larger_than_the_budget_keeps_what_fits_from_its_start() -> Non
     cache = filled(large, large, budget=50 * TOKEN_BYTES)
     assert loaded(cache, large) == 48
     small = prompt(text(17, first=500))
-    cache.store(small, "", true_kv(small), len(small))
+    cache.store(list(blocks_of(small, "")), true_kv(small), len(small))
     assert loaded(cache, small) == 16
     assert loaded(cache, large) == 32
-    cache.store(large, "", true_kv(large), len(large))
+    cache.store(list(blocks_of(large, "")), true_kv(large), len(large))
     assert loaded(cache, large) == 48
 
 
@@ -271,10 +271,10 @@ def test_nothing_is_kept_from_the_first_bad_block_on(bad: float, at: int, expect
     kv = true_kv(asked)
     kv[1, 1, 0, at, 2] = bad
     cache = PrefixCache(PLENTY)
-    cache.store(asked, "", kv, len(asked))
+    cache.store(list(blocks_of(asked, "")), kv, len(asked))
     assert cache.num_bytes == expected * TOKEN_BYTES
     assert loaded(cache, asked) == expected
-    cache.store(asked, "", true_kv(asked), len(asked))
+    cache.store(list(blocks_of(asked, "")), true_kv(asked), len(asked))
     assert loaded(cache, asked) == 64
 
 
@@ -292,11 +292,11 @@ def test_memory_that_runs_out_leaves_a_cache_that_works(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(cache._blocks, "put", put_once)
         with pytest.raises(MemoryError):
-            cache.store(second, "", true_kv(second), len(second))
+            cache.store(list(blocks_of(second, "")), true_kv(second), len(second))
     other = prompt(text(49, first=500))
-    cache.store(other, "", true_kv(other), len(other))
+    cache.store(list(blocks_of(other, "")), true_kv(other), len(other))
     assert loaded(cache, second) == 16
-    cache.store(second, "", true_kv(second), len(second))
+    cache.store(list(blocks_of(second, "")), true_kv(second), len(second))
     assert loaded(cache, second) == 64
 
 
@@ -392,13 +392,13 @@ def test_random_use_agrees_with_a_plain_model_of_the_cache(seed: int) -> None:
         kv = known[id(each)].clone()
         if rng.random() < 0.5:
             kv.fill_(-1.0)
-            n = cache.load(each, namespace, kv)
+            n = cache.load(list(blocks_of(each, namespace)), kv)
             assert n == model.load(each, namespace) < len(each)
             assert kv[..., :n, :].equal(known[id(each)][..., :n, :])
             assert kv[..., n:, :].eq(-1.0).all()
             hits, asked = hits + n, asked + len(each)
         else:
-            cache.store(each, namespace, kv, len(each))
+            cache.store(list(blocks_of(each, namespace)), kv, len(each))
             kv.fill_(float("nan"))
             model.store(each, namespace)
         assert cache.num_bytes == model.num_bytes <= budget
@@ -409,7 +409,7 @@ def test_random_use_agrees_with_a_plain_model_of_the_cache(seed: int) -> None:
         for each in prompts
         for namespace in ("", "tenant")
         for key, end, size in model.cut(each, namespace)
-        if end <= cache.load(each, namespace, known[id(each)].clone())
+        if end <= cache.load(list(blocks_of(each, namespace)), known[id(each)].clone())
     }
     assert sum(loadable.values()) == cache.num_bytes
 
@@ -418,5 +418,5 @@ def test_a_prompt_is_kept_as_far_as_it_is_computed() -> None:
     cache = PrefixCache(PLENTY)
     asked = prompt(text(100))
     for num_computed in (10, 40, 70, 100):
-        cache.store(asked, "", true_kv(asked), num_computed)
+        cache.store(list(blocks_of(asked, "")), true_kv(asked), num_computed)
         assert loaded(cache, asked) == min(num_computed, 99) // 16 * 16
