@@ -80,38 +80,48 @@ class PromptCache:
 class Slab:
     """The KV of rows of one length class, dense from row 0 on.
 
-    keys (L, capacity, H, Dh, length), values (L, capacity, H, length, Dh): a decode step's two
-    products then read both as they lie, for all rows and heads in one call. Beyond a row's tokens
-    lies what earlier rows left, finite and masked: a masked position still multiplies its value
-    by zero.
+    keys (L, capacity, H, Dh, width), values (L, capacity, H, width, Dh): a decode step's two
+    products read both as they lie, for all rows and heads in one call. A product would copy what
+    does not lie densely, so `width`, the tokens of each row that attention is given, follows the
+    longest row, and the rows are laid out anew when it changes. Beyond a row's tokens lie zeros or
+    what earlier rows left, finite and masked: a masked position still multiplies its value by zero.
     """
 
-    SEEN_STEP = 32
+    # Of widths: the processor's library compiles a kernel for each shape of a product, so a new one
+    # should be rare.
+    STEP = 32
+    SLACK = 64  # so much too wide is narrowed; laying out costs about what ten steps lose by it
 
     def __init__(self, shape: KVShape, length: int, capacity: int = 1) -> None:
         self._shape = shape
         self.length = length
-        self._views: list[tuple[Tensor, Tensor]] = []
-        self._views_of = (0, 0)
-        self._make(capacity)
+        self.capacity = capacity
+        self._num_rows = 0
         self._write: tuple[Tensor, Tensor] | None = None
+        self._seen: list[tuple[Tensor, Tensor]] = []  # what attention is given, by layer
+        self._seen_rows = 0
+        self._memory = self._make()
+        self._set_width(self._width_for(0))
 
     @property
-    def capacity(self) -> int:
-        return self.keys.shape[1]
+    def width(self) -> int:
+        return self.keys.shape[-1]
 
     def fit(self, num_rows: int, max_rows: int) -> None:
         """Make room for `num_rows` rows, of at most `max_rows` ever; keeps what is there."""
         if num_rows <= self.capacity:
             return
-        keys, values = self.keys, self.values
-        self._make(max(num_rows, min(2 * self.capacity, max_rows)))
-        self.keys[:, : keys.shape[1]] = keys
-        self.values[:, : values.shape[1]] = values
+        self.capacity = max(num_rows, min(2 * self.capacity, max_rows))
+        held, self._memory = self._memory, self._make()
+        self._memory[:, :, : held.shape[-1]] = held
+        self._set_width(self.width)
 
     def put(self, row: int, kv: Tensor) -> None:
         """Write a row's first tokens: kv (L, 2, H, T, Dh)."""
         length = kv.shape[3]
+        if length > self.width:
+            self._lay_out(self._width_for(length))
+        self._num_rows = max(self._num_rows, row + 1)
         self.keys[:, row, :, :, :length] = kv[:, 0].transpose(-1, -2)
         self.values[:, row, :, :length] = kv[:, 1]
 
@@ -125,47 +135,67 @@ class Slab:
         self.keys[:, row, :, :, start:] = 0.0
         self.values[:, row, :, start:] = 0.0
 
-    def begin(self, lengths: Tensor, longest: int) -> int:
+    def begin(self, lengths: Tensor, longest: int) -> None:
         """The next pass adds one token to each of the first B rows, at index lengths (B,), of
-        which `longest` is the largest. Returns S, how many tokens of each row attention is given.
-
-        S grows in steps, so that a product's shape, for which the processor's library compiles a
-        kernel, is seldom a new one.
-        """
+        which `longest` is the largest."""
+        self._num_rows = len(lengths)
+        width = self._width_for(longest + 1)
+        if width > self.width or width <= self.width - self.SLACK:
+            self._lay_out(width)
         self._write = (torch.arange(len(lengths), device=lengths.device), lengths)
-        num_seen = min(-(-(longest + 1) // self.SEEN_STEP) * self.SEEN_STEP, self.length)
-        if self._views_of != (len(lengths), num_seen):
-            self._views_of = (len(lengths), num_seen)
-            self._views = [
-                (
-                    keys[: len(lengths)].flatten(0, 1)[:, :, :num_seen],
-                    values[: len(lengths)].flatten(0, 1)[:, :num_seen],
-                )
-                for keys, values in zip(self.keys, self.values, strict=True)
+        if self._seen_rows != len(lengths):
+            self._seen_rows = len(lengths)
+            self._seen = [
+                (keys[: len(lengths)].flatten(0, 1), values[: len(lengths)].flatten(0, 1))
+                for keys, values in self._by_layer
             ]
-        return num_seen
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """key, value (B, H, Dh): store them and return S tokens of each row, each head's by
-        itself: keys (B * H, Dh, S), values (B * H, S, Dh)."""
+        """key, value (B, H, Dh): store them and return the B rows, each head's by itself:
+        keys (B * H, Dh, width), values (B * H, width, Dh)."""
         assert self._write is not None, "begin comes first"
         rows, at = self._write
-        self.keys[layer, rows, :, :, at] = key
-        self.values[layer, rows, :, at] = value
-        return self._views[layer]
+        keys, values = self._by_layer[layer]
+        keys[rows, :, :, at] = key
+        values[rows, :, at] = value
+        return self._seen[layer]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """key, value (B, H, 1, Dh): store them and return S tokens, (B, H, S, Dh) each."""
+        """key, value (B, H, 1, Dh): store them and return the B rows, (B, H, width, Dh) each."""
         keys, values = self.append(layer, key[:, :, 0], value[:, :, 0])
         size = key.shape[:2]
         return keys.unflatten(0, size).transpose(-1, -2), values.unflatten(0, size)
 
-    def _make(self, capacity: int) -> None:
+    def _width_for(self, num_tokens: int) -> int:
+        return min(max(1, -(-num_tokens // self.STEP)) * self.STEP, self.length)
+
+    def _make(self) -> Tensor:
+        """Memory for every layer's keys and values at their widest, (L, 2, numbers)."""
         shape = self._shape
-        rows = (shape.num_layers, capacity, shape.num_heads)
-        self.keys = _zeros((*rows, shape.head_dim, self.length), shape)
-        self.values = _zeros((*rows, self.length, shape.head_dim), shape)
-        self._views_of = (0, 0)
+        size = self.capacity * shape.num_heads * self.length * shape.head_dim
+        return _zeros((shape.num_layers, 2, size), shape)
+
+    def _set_width(self, width: int) -> None:
+        """See the memory's beginning as rows of that width."""
+        heads, dim = self._shape.num_heads, self._shape.head_dim
+        used = self._memory[:, :, : self.capacity * heads * dim * width]
+        self.keys = used[:, 0].unflatten(1, (self.capacity, heads, dim, width))
+        self.values = used[:, 1].unflatten(1, (self.capacity, heads, width, dim))
+        self._by_layer = list(zip(self.keys, self.values, strict=True))
+        self._seen_rows = 0
+
+    def _lay_out(self, width: int) -> None:
+        """Change the width, layer by layer, so that only one layer's rows are held twice."""
+        num_rows, kept = self._num_rows, min(width, self.width)
+        old = self._by_layer
+        self._set_width(width)
+        for (old_keys, old_values), (keys, values) in zip(old, self._by_layer, strict=True):
+            held_keys = old_keys[:num_rows, :, :, :kept].clone()
+            held_values = old_values[:num_rows, :, :kept].clone()
+            keys[:num_rows, :, :, kept:] = 0.0
+            values[:num_rows, :, kept:] = 0.0
+            keys[:num_rows, :, :, :kept] = held_keys
+            values[:num_rows, :, :kept] = held_values
 
 
 Row = TypeVar("Row", bound=Hashable)

@@ -103,9 +103,9 @@ class EagerDecoder:
 
     def _run_rows(self, rows: Rows, deltas: Tensor | None) -> Tensor:
         """The normed states, (B, D)."""
-        num_seen = rows.slab.begin(rows.lengths, rows.longest)
+        rows.slab.begin(rows.lengths, rows.longest)
         injection = None if deltas is None else Injection(deltas, token=0)
-        keys = torch.arange(num_seen, device=rows.lengths.device)
+        keys = torch.arange(rows.slab.width, device=rows.lengths.device)
         masks = self._masks(rows.lengths[:, None, None], keys, None)
         positions = rows.positions[..., None]  # (P, B, 1)
         return self._forward(rows.embeds[:, None], positions, masks, rows.slab, injection)[:, 0]

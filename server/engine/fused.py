@@ -146,8 +146,8 @@ class _Packing:
         self.first_row = end
         for rows in batch.slabs:
             place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
-            num_seen = rows.slab.begin(rows.lengths, rows.longest)
-            self.slabs.append((rows.slab, place, _row_mask(rows.lengths, num_seen)))
+            rows.slab.begin(rows.lengths, rows.longest)
+            self.slabs.append((rows.slab, place, _row_mask(rows.lengths, rows.slab.width, dtype)))
         rows_range = range(self.first_row, end)
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
@@ -162,10 +162,10 @@ def _chunk_mask(chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def _row_mask(lengths: Tensor, num_seen: int) -> Tensor:
-    """(B, 1, num_seen) float32: a row sees its own tokens and the new one."""
-    hidden = torch.arange(num_seen, device=lengths.device) > lengths[:, None]
-    mask = torch.zeros(hidden.shape, device=lengths.device)
+def _row_mask(lengths: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, width): a row sees its own tokens and the new one."""
+    hidden = torch.arange(width, device=lengths.device) > lengths[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
     return mask.masked_fill_(hidden, -torch.inf)[:, None]
 
 
@@ -252,7 +252,7 @@ class _Layer:
         return out.permute(2, 0, 1, 3).reshape(num_tokens, -1)
 
     def _attend_rows(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """q (B, Hq, Dh), keys (B * H, Dh, S), values (B * H, S, Dh) -> (B, Hq * Dh).
+        """q (B, Hq, Dh), keys (B * H, Dh, width), values (B * H, width, Dh) -> (B, Hq * Dh).
 
         Two batched products: with so few queries a head, the flash kernel of a CPU spends its
         time on calls, one after the other.
@@ -261,7 +261,7 @@ class _Layer:
         q = q.reshape(len(keys), -1, self._head_dim)  # (B * H, G, Dh)
         # Scaled before the product, so that float16 does not overflow.
         scores = torch.bmm(q * self._scaling, keys).view(num_rows, self._num_heads, -1)
-        weights = torch.add(mask, scores).softmax(dim=-1).to(values.dtype)
+        weights = scores.add_(mask).softmax(dim=-1)
         out = torch.bmm(weights.view(*q.shape[:2], -1), values)
         return out.view(num_rows, -1)
 

@@ -67,6 +67,38 @@ def test_a_slab_gives_its_rows_keys_up_to_the_longest() -> None:
     assert slab.values[0, ..., 80:, :].eq(0).all(), "the other layer is as it was"
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_keep_their_tokens_whatever_the_width(seed: int) -> None:
+    """Rows are laid out anew when the longest one grows past the width, comes or leaves."""
+    rng = random.Random(seed)
+    slab, rows, widths = Slab(SHAPE, length=500), [], set()
+    for _ in range(200):
+        if len(rows) < 6 and rng.random() < 0.1:
+            slab.fit(len(rows) + 1, 6)
+            rows.append(torch.rand(2, 2, 1, rng.randrange(1, 250), 2))
+            slab.put(len(rows) - 1, rows[-1])
+        if rows and rng.random() < 0.1:
+            last = rows.pop()
+            if rows:
+                rows[0] = last
+                slab.put(0, slab.get(len(rows), last.shape[3]))
+        if not rows:
+            continue
+        lengths = [row.shape[3] for row in rows]
+        slab.begin(torch.tensor(lengths), max(lengths))
+        widths.add(slab.width)
+        new = torch.rand(2, 2, len(rows), 1, 1, 2)  # layers, keys and values, B, H, 1, Dh
+        rows = [torch.cat([row, new[:, :, i]], dim=3) for i, row in enumerate(rows)]
+        for layer in range(2):
+            seen = slab.update(new[layer, 0], new[layer, 1], layer)
+            for i, row in enumerate(rows):
+                for kind in range(2):
+                    torch.testing.assert_close(seen[kind][i, :, : row.shape[3]], row[layer, kind])
+                    assert seen[kind].isfinite().all()
+        assert max(lengths) < slab.width < max(lengths) + 1 + slab.STEP + slab.SLACK
+    assert len(widths) > 3
+
+
 def test_room_for_more_rows_keeps_those_that_are_there() -> None:
     slab = Slab(SHAPE, length=8)
     slab.values[:, 0] = slab.keys[:, 0] = 5.0
