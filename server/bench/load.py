@@ -61,9 +61,12 @@ class Served:
         return self.target.url
 
     async def answer(
-        self, chats: Sequence[Sequence[Message]], max_tokens: int
+        self, chats: Sequence[Sequence[Message]], max_tokens: int, *, every_token: bool = False
     ) -> list[StreamRecord]:
-        bodies = [self.target.body(messages, max_tokens) for messages in chats]
+        """`every_token`: ask for log-probabilities, with which a token that has no text of its own
+        comes in a chunk of its own, too."""
+        extra = {"logprobs": True} if every_token else {}
+        bodies = [self.target.body(messages, max_tokens) | extra for messages in chats]
         return list(
             await asyncio.gather(*(chat(self.client, self.target, body) for body in bodies))
         )

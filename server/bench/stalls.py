@@ -109,7 +109,7 @@ async def _half(
     arriving: Iterator[Sequence[Message]],
     at_once: int,
 ) -> _Half:
-    running = asyncio.create_task(column.answer(chats, max_tokens))
+    running = asyncio.create_task(column.answer(chats, max_tokens, every_token=True))
     arrivals: list[StreamRecord] = []
 
     async def arrive() -> None:

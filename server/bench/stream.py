@@ -20,8 +20,9 @@ class StreamRecord:
     """Seconds from sending the request, which was at `start_s` of the monotonic clock.
 
     `tokens` by the server's own usage when it sends one, else the number of content chunks
-    (`counted_by`). `gaps_s`: between content chunks. `overhead_ms` and `shift_ms`: what the
-    server says steering cost this chat, None where it says nothing.
+    (`counted_by`). `gaps_s`: between content chunks, which are those with text or a token's
+    log-probability. `overhead_ms` and `shift_ms`: what the server says steering cost this chat,
+    None where it says nothing.
     """
 
     start_s: float = 0.0
@@ -81,13 +82,12 @@ def record(
         usage = event.get("usage") or usage
         applied = event.get("steering") or applied
         error = error or str(event.get("error") or "")
-        text = "".join(
-            (choice.get("delta") or {}).get("content") or "" for choice in event.get("choices", [])
-        )
-        if text:
+        choices = event.get("choices") or []
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+        if text or any((choice.get("logprobs") or {}).get("content") for choice in choices):
             times.append(moment)
             texts.append(text)
-    if not times:
+    if not "".join(texts):
         error = error or "the stream held no text"
         return StreamRecord(start_s, steering=steering, error=error)
     return StreamRecord(

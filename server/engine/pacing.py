@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 # A step with prefill may take this many times as long as one without. Below 3, since step times
 # scatter, and prefill of a long prompt gets dearer towards its end.
-MAX_STRETCH = 1.9
+MAX_STRETCH = 1.75
 MIN_CHUNK = 16
 LONG_STEP_EVERY = 128  # steps, so that the 99th percentile of the gaps does not see the long ones
 _WEIGHT = 0.2  # of the newest measurement in the running means

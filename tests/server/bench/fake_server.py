@@ -23,7 +23,9 @@ class Script:
     client went away. rows: answers at once, others wait; max_waiting: beyond these, 429.
     """
 
-    accepts: frozenset[str] = frozenset({"ignore_eos", "stream_options", "steering", "n"})
+    accepts: frozenset[str] = frozenset(
+        {"ignore_eos", "stream_options", "steering", "n", "logprobs"}
+    )
     refusal_status: int = 400
     gap_s: float = 0.0
     prefill_s: float = 0.0

@@ -67,3 +67,15 @@ def test_what_the_server_says_of_caches_and_steering_is_kept() -> None:
     assert (result.overhead_ms, result.shift_ms) == (12.5, 11.0)
     silent = record([(1.0, event("a") + b"\n\n")])
     assert (silent.cached_tokens, silent.overhead_ms, silent.shift_ms) == (0, None, None)
+
+
+def test_a_token_without_text_counts_when_its_log_probability_comes() -> None:
+    """A gap between texts spans two tokens where the first of them has no text of its own."""
+    silent = {"delta": {"content": ""}, "logprobs": {"content": [{"token": "x", "logprob": -1.0}]}}
+    arrivals = [
+        (1.0, event("a") + b"\n\n"),
+        (1.5, b"data: " + json.dumps({"choices": [silent]}).encode() + b"\n\n"),
+        (2.5, event("b") + b"\n\n"),
+    ]
+    result = record(arrivals)
+    assert (result.gaps_s, result.text) == ((0.5, 1.0), "ab")
