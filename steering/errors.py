@@ -21,6 +21,21 @@ class NotFoundError(StoreError):
     """The store answers and has no such vector set or alias."""
 
 
+class ConflictError(StoreError):
+    """Somebody else has changed a document since the writer read it.
+
+    revisions: of the documents that differ, as they are now (0: deleted).
+    """
+
+    def __init__(self, message: str, revisions: dict[str, int]) -> None:
+        super().__init__(message)
+        self.revisions = revisions
+
+
+class ReadOnlyError(StoreError):
+    """The store's credentials do not let this process write what it was to write."""
+
+
 class PlanError(SteeringError):
     """A steering setting is out of bounds or contradicts another."""
 
