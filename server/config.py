@@ -6,6 +6,7 @@ Every field is DESHIFT_<NAME> in the environment. Nothing is mutated after const
 import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,6 +30,8 @@ from steering.plan import Mode, Schedule
 PREFIX = "DESHIFT_"
 ClientOverride = Literal["none", "strengthen", "any"]
 MIB = 1024 * 1024
+MIN_ADMIN_KEY_LEN = 16
+_ADMIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 class Settings(BaseModel):
@@ -132,7 +135,41 @@ class Settings(BaseModel):
         Path("~/.cache/deshift"), description="Directory of the store and assembled models."
     )
     store: str | None = Field(
-        None, description="Store of vectors; by default sqlite:///<cache>/deshift.db."
+        None,
+        description="Store of vectors, tenants and policies: sqlite:///path, redis://..., "
+        "rediss://..., redis+sentinel://... or memory://; by default sqlite:///<cache>/deshift.db.",
+    )
+    admin_store: str | None = Field(
+        None,
+        description="The same store with rights to write, for the admin listener; "
+        "by default `store` itself.",
+    )
+    replica: str | None = Field(
+        None, description="Name of this replica in the fleet; by default host name and port."
+    )
+    sync_interval_s: float = Field(
+        1.0,
+        gt=0,
+        le=3600,
+        description="How often the store is read even if it announces nothing, and told of this "
+        "replica; a lost announcement heals within it.",
+    )
+    cold_start: Literal["default-policy", "refuse"] = Field(
+        "default-policy",
+        description="Until the store has been read for the first time: default-policy serves who "
+        "needs no tenant's key by the policy of these settings, refuse answers 503 to everybody.",
+    )
+
+    admin_host: str = Field(
+        "127.0.0.1", description="Address of the admin listener (API, console); never a public one."
+    )
+    admin_port: int = Field(
+        8001, ge=0, le=65535, description="Its port; 0 takes a free one; equal to `port`: refused."
+    )
+    admin_keys: SecretStr | None = Field(
+        None,
+        description="Who may operate: name:key, several separated by commas; "
+        "without any, the admin listener answers its status pages only.",
     )
 
     def __init__(self, **values: Any) -> None:
@@ -171,6 +208,13 @@ class Settings(BaseModel):
             raise ValueError("must be printable ASCII without spaces, and not empty")
         return key
 
+    @field_validator("admin_keys")
+    @classmethod
+    def _named_keys(cls, keys: SecretStr | None) -> SecretStr | None:
+        if keys is not None:
+            parse_admin_keys(keys.get_secret_value())
+        return keys
+
     @field_validator("schedule")
     @classmethod
     def _valid_schedule(cls, text: str) -> str:
@@ -200,6 +244,11 @@ class Settings(BaseModel):
                 f"{PREFIX}HOST {self.host} can be reached from other machines: "
                 f"set {PREFIX}API_KEY, or listen on 127.0.0.1"
             )
+        if self.port and self.port == self.admin_port:
+            raise ValueError(
+                f"{PREFIX}ADMIN_PORT is {PREFIX}PORT {self.port}: operators have a listener of "
+                "their own"
+            )
         return self
 
     @property
@@ -215,6 +264,24 @@ class Settings(BaseModel):
     @property
     def store_url(self) -> str:
         return self.store or f"sqlite:///{self.cache / 'deshift.db'}"
+
+
+def parse_admin_keys(text: str) -> dict[str, str]:
+    """`name:key,name:key` -> key by name. Raises ValueError, which never shows a key."""
+    keys: dict[str, str] = {}
+    for number, part in enumerate(text.split(","), start=1):
+        name, separator, key = part.strip().partition(":")
+        if not separator or not _ADMIN_NAME.fullmatch(name):
+            raise ValueError(f"entry {number} is not name:key with a name of letters and digits")
+        if len(key) < MIN_ADMIN_KEY_LEN or not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(
+                f"the key of {name!r} must be at least {MIN_ADMIN_KEY_LEN} printable ASCII "
+                "characters without spaces"
+            )
+        if name in keys:
+            raise ValueError(f"{name!r} is named twice")
+        keys[name] = key
+    return keys
 
 
 def is_loopback(host: str) -> bool:
@@ -236,7 +303,7 @@ def _explain(error: ValidationError) -> str:
             lines.append(message)
             continue
         name = str(problem["loc"][0])
-        shown = "" if name == "api_key" else f" {problem['input']!r}"
+        shown = "" if name in ("api_key", "admin_keys") else f" {problem['input']!r}"
         known = name in Settings.model_fields
         place = f"{name}{shown} ({PREFIX}{name.upper()})"
         lines.append(f"{place}: {message if known else 'not a setting'}")

@@ -3,6 +3,7 @@
 Does not cover which code raises what; the engine's own exceptions live in engine/types.py.
 """
 
+import math
 from typing import ClassVar
 
 from starlette.exceptions import HTTPException
@@ -15,6 +16,13 @@ from server.engine.types import (
     NotAcceptingError,
     PromptTooLongError,
     QueueFullError,
+)
+from steering.errors import (
+    ConflictError,
+    NotFoundError,
+    ReadOnlyError,
+    StoreError,
+    VectorError,
 )
 
 RETRY_AFTER_S = 1
@@ -42,6 +50,13 @@ class StartupError(ServerError):
     """The server cannot start: port, model, vectors or store. The message is one line."""
 
 
+class DocumentError(ServerError):
+    """A document of the store cannot be read: damaged, or of another version."""
+
+    status = 503
+    code = "store_damaged"
+
+
 class InvalidRequestError(ServerError):
     """The body, one of its fields or one of its pictures cannot be honoured."""
 
@@ -66,12 +81,40 @@ class OverrideForbiddenError(ServerError):
     param = "steering"
 
 
+class RateLimitError(ServerError):
+    """The tenant's own limit; `retry_after_s` says when to come back."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class ForbiddenHostError(ServerError):
     """The Host header names no loopback address: see middleware.LoopbackHost."""
 
     status = 403
     type = "permission_error"
     code = "host_not_allowed"
+
+
+class NoSuchTenantError(ServerError):
+    """An operator names a tenant, or a key of it, that does not exist."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ExistsError(ServerError):
+    """An operator makes something whose name is taken."""
+
+    status = 409
+    type = "conflict_error"
+    code = "already_exists"
 
 
 class UnknownModelError(ServerError):
@@ -132,6 +175,16 @@ def error_status(error: Exception) -> int:
             return 503
         case HTTPException():
             return error.status_code
+        case ConflictError():
+            return 409
+        case ReadOnlyError():
+            return 403
+        case NotFoundError():
+            return 404
+        case StoreError():
+            return 503
+        case VectorError():
+            return 400
     return 500
 
 
@@ -151,6 +204,16 @@ def error_body(error: Exception) -> dict[str, dict[str, str | None]]:
             type_, code = "service_unavailable_error", "service_unavailable"
         case EngineError():
             pass
+        case ConflictError():
+            type_, code = "conflict_error", "stale_revision"
+        case ReadOnlyError():
+            type_, code = "permission_error", "store_read_only"
+        case NotFoundError():
+            type_, code = "invalid_request_error", "not_found"
+        case StoreError():
+            type_, code = "service_unavailable_error", "store_unavailable"
+        case VectorError():
+            type_, code = "invalid_request_error", "vectors_invalid"
         case HTTPException():
             type_, message = "invalid_request_error", error.detail
         case _:
@@ -168,7 +231,9 @@ def error_response(error: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-    if status in (429, 503):
+    if isinstance(error, RateLimitError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)
     if isinstance(error, GenerationFailedError) and error.kind in ("timeout", "engine"):
         headers["x-should-retry"] = "false"  # OpenAI's clients retry 408 and 5xx, twice

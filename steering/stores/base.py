@@ -5,7 +5,7 @@ business (the server's tenants, policies, aliases): to a store they are text.
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,6 +85,10 @@ class Store(Protocol):
 
     async def changes(self, since: int = 0) -> Changes:
         """What was committed after revision `since`; with 0, every document."""
+        ...
+
+    async def get(self, keys: Sequence[str]) -> dict[str, Document]:
+        """Those of the named documents that exist, by key."""
         ...
 
     async def commit(

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from steering.stores.base import (
     AuditRecord,
@@ -44,6 +44,10 @@ class MemoryStore:
     async def changes(self, since: int = 0) -> Changes:
         documents = tuple(each for each in self._documents.values() if each.revision > since)
         return Changes(self._epoch, len(self._audit), documents)
+
+    async def get(self, keys: Sequence[str]) -> dict[str, Document]:
+        found = {key: self._documents[key] for key in keys if key in self._documents}
+        return {key: each for key, each in found.items() if each.value is not None}
 
     async def commit(
         self, writes: Mapping[str, str | None], expected: Mapping[str, int], audit: str
