@@ -1,32 +1,38 @@
 """A store in one SQLite file, shared by the server and the commands on one machine.
 
-Write-ahead log with full synchronisation: a vector set whose `put_vectors` has returned survives
-kill -9 and a power cut, and readers are not blocked by a writer.
+Write-ahead log with full synchronisation: what a method has reported as written survives kill -9
+and a power cut, and readers are not blocked by a writer. Every call runs in a thread, so that a
+slow disk or another process's write does not stop the event loop.
 """
 
+import asyncio
 import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from steering.errors import StoreError, VectorError
-from steering.stores.base import VectorRecord, record_of, unknown_id
+from steering.errors import ReadOnlyError, StoreError, VectorError
+from steering.stores import sqlite_schema
+from steering.stores.base import (
+    AuditRecord,
+    Changes,
+    Document,
+    VectorRecord,
+    check_expected,
+    record_of,
+    unknown_id,
+)
 from steering.vectors import Manifest, ShiftVectors
 
-_SCHEMA_VERSION = 1
-_SCHEMA = (
-    """create table vectors (
-        id text primary key, manifest text not null, data blob not null,
-        sequence integer not null unique) strict""",
-    """create table aliases (
-        name text primary key, vector_id text not null references vectors(id)) strict""",
-    f"pragma user_version = {_SCHEMA_VERSION}",
-)
 _BUSY_TIMEOUT_S = 30.0
 _RETRY_S = 0.01
+_POLL_S = 0.05
+_NEWEST = "select coalesce(max(revision), 0) from audit"
+T = TypeVar("T")
 
 
 class SqliteStore:
@@ -37,7 +43,8 @@ class SqliteStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a cancelled call's thread still has the connection
+        self._num_commits = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -47,25 +54,118 @@ class SqliteStore:
                 path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
         try:
-            with self._explained():
-                self._prepare()
+            self._prepare()
         except StoreError:
             self._connection.close()
             raise
 
-    def put_vectors(self, data: bytes) -> str:
+    async def put_vectors(self, data: bytes) -> str:
+        return await asyncio.to_thread(self._put_vectors, data)
+
+    async def get_vectors(self, vector_id: str) -> ShiftVectors:
+        return await asyncio.to_thread(self._get_vectors, vector_id)
+
+    async def list_vectors(self) -> list[VectorRecord]:
+        rows = await self._rows("select id, manifest, length(data) from vectors order by sequence")
+        return [self._record(*row) for row in rows]
+
+    async def changes(self, since: int = 0) -> Changes:
+        def read(connection: sqlite3.Connection) -> Changes:
+            epoch = connection.execute("select value from epoch").fetchone()
+            (revision,) = connection.execute(_NEWEST).fetchone()
+            rows = connection.execute(
+                "select key, value, revision from documents where revision > ? order by revision",
+                (since,),
+            )
+            return Changes(epoch[0] if epoch else "", revision, tuple(Document(*r) for r in rows))
+
+        return await self._in_transaction(read, begin="begin")
+
+    async def get(self, keys: Sequence[str]) -> dict[str, Document]:
+        rows = await self._rows(
+            "select key, value, revision from documents where value is not null and key in "
+            "(select value from json_each(?))",
+            json.dumps(list(keys)),
+        )
+        return {row[0]: Document(*row) for row in rows}
+
+    async def commit(
+        self, writes: Mapping[str, str | None], expected: Mapping[str, int], audit: str
+    ) -> int:
+        def write(connection: sqlite3.Connection) -> int:
+            rows = connection.execute(
+                "select key, revision from documents where value is not null and key in "
+                "(select value from json_each(?))",
+                (json.dumps(list(expected)),),
+            )
+            check_expected(expected, dict.fromkeys(expected, 0) | dict(rows.fetchall()))
+            revision = int(connection.execute(_NEWEST).fetchone()[0]) + 1
+            sqlite_schema.commit(connection, revision, dict(writes), audit)
+            return revision
+
+        revision = await self._in_transaction(write)
+        self._num_commits += 1
+        return revision
+
+    async def audit(self, limit: int, before: int | None = None) -> list[AuditRecord]:
+        rows = await self._rows(
+            "select revision, at, entry from audit where ?1 is null or revision < ?1 "
+            "order by revision desc limit ?2",
+            before,
+            max(0, limit),
+        )
+        return [AuditRecord(*row) for row in rows]
+
+    async def heartbeat(self, replica: str, status: str, ttl_s: float) -> None:
+        def write(connection: sqlite3.Connection) -> None:
+            now = time.time()  # other processes compare with it, so no monotonic clock will do
+            connection.execute("delete from replicas where name = ? or until <= ?", (replica, now))
+            if status:
+                connection.execute(
+                    "insert into replicas values (?, ?, ?)", (replica, status, now + ttl_s)
+                )
+
+        await self._in_transaction(write)
+
+    async def replicas(self) -> dict[str, str]:
+        rows = await self._rows(
+            "select name, status from replicas where until > ? order by name", time.time()
+        )
+        return dict(rows)
+
+    async def wakeups(self) -> AsyncIterator[None]:
+        """SQLite tells nobody of a commit, but says cheaply whether another connection made one."""
+        seen = None
+        while True:
+            ((version,),) = await self._rows("pragma data_version")
+            now = (version, self._num_commits)
+            if now != seen:
+                seen = now
+                yield
+            await asyncio.sleep(_POLL_S)
+
+    async def close(self) -> None:
+        def close() -> None:
+            with self._lock:
+                self._connection.close()
+
+        await asyncio.to_thread(close)
+
+    def _put_vectors(self, data: bytes) -> str:
         record = record_of(data)
         with self._transaction() as connection:
+            # Bytes that a disk has damaged since are mended by the same set, put again.
             connection.execute(
                 "insert into vectors select ?, ?, ?, coalesce(max(sequence), 0) + 1 from vectors "
-                "where true on conflict (id) do nothing",
+                "where true on conflict (id) do update set manifest = excluded.manifest, "
+                "data = excluded.data",
                 (record.id, json.dumps(record.manifest.as_dict()), data),
             )
         return record.id
 
-    def get_vectors(self, vector_id: str) -> ShiftVectors:
-        with self._reading() as connection:
-            row = connection.execute(
+    def _get_vectors(self, vector_id: str) -> ShiftVectors:
+        with self._lock, self._explained():
+            row = self._connection.execute(
                 "select data from vectors where id = ?", (vector_id,)
             ).fetchone()
         if row is None:
@@ -75,52 +175,31 @@ class SqliteStore:
         except VectorError as error:
             raise VectorError(f"store {self.path}: {error}") from error
 
-    def list_vectors(self) -> list[VectorRecord]:
-        with self._reading() as connection:
-            rows = connection.execute(
-                "select id, manifest, length(data) from vectors order by sequence"
-            ).fetchall()
-        return [self._record(*row) for row in rows]
+    async def _rows(self, statement: str, *values: Any) -> list[Any]:
+        def read() -> list[Any]:
+            with self._lock, self._explained():
+                return self._connection.execute(statement, values).fetchall()
 
-    def aliases(self) -> dict[str, str]:
-        with self._reading() as connection:
-            return dict(connection.execute("select name, vector_id from aliases").fetchall())
+        return await asyncio.to_thread(read)
 
-    def set_alias(self, name: str, vector_id: str) -> None:
-        with self._transaction() as connection:
-            known = connection.execute("select 1 from vectors where id = ?", (vector_id,))
-            if known.fetchone() is None:
-                raise unknown_id(vector_id)
-            connection.execute(
-                "insert into aliases values (?, ?) "
-                "on conflict (name) do update set vector_id = excluded.vector_id",
-                (name, vector_id),
-            )
+    async def _in_transaction(
+        self, work: Callable[[sqlite3.Connection], T], begin: str = "begin immediate"
+    ) -> T:
+        def run() -> T:
+            with self._transaction(begin) as connection:
+                return work(connection)
 
-    def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        return await asyncio.to_thread(run)
 
     def _prepare(self) -> None:
-        connection = self._connection
-        self._begin_wal()
-        connection.execute("pragma synchronous = full")
-        connection.execute("pragma foreign_keys = on")
-        connection.execute("begin immediate")
-        try:
-            (version,) = connection.execute("pragma user_version").fetchone()
-            if version == 0:
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-            connection.execute("commit")
-        finally:
-            if connection.in_transaction:
-                connection.execute("rollback")
-        if version not in (0, _SCHEMA_VERSION):
-            raise StoreError(
-                f"store {self.path}: schema version {version}, this version of Deshift reads "
-                f"{_SCHEMA_VERSION}"
-            )
+        with self._explained():
+            self._begin_wal()
+            self._connection.execute("pragma synchronous = full")
+        with self._transaction() as connection:
+            try:
+                sqlite_schema.prepare(connection)
+            except StoreError as error:
+                raise StoreError(f"store {self.path}: {error}") from None
 
     def _begin_wal(self) -> None:
         """Turn the write-ahead log on. Of several processes that create the file at once, SQLite
@@ -149,18 +228,15 @@ class SqliteStore:
         try:
             yield
         except sqlite3.Error as error:
-            raise StoreError(f"store {self.path}: {error}") from error
+            code = getattr(error, "sqlite_errorcode", 0)
+            kind = ReadOnlyError if code & 0xFF == sqlite3.SQLITE_READONLY else StoreError
+            raise kind(f"store {self.path}: {error}") from error
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, begin: str = "begin immediate") -> Iterator[sqlite3.Connection]:
+        """All or nothing; `begin immediate` also lets one writer in at a time."""
         with self._lock, self._explained():
-            yield self._connection
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and one writer at a time, from the first statement on."""
-        with self._lock, self._explained():
-            self._connection.execute("begin immediate")
+            self._connection.execute(begin)
             try:
                 yield self._connection
                 self._connection.execute("commit")
