@@ -35,6 +35,9 @@ FUSED_DECODERS = (
     "Qwen2_5_VLTextModel",
 )
 
+# Tokens of a pass with prefill come in multiples. On a CPU products take such steps anyway.
+FINE_STEP, FINE_BELOW, COARSE_STEP = 8, 128, 32
+
 
 def can_fuse(model: Any) -> bool:
     """Whether the model's decoder is of a shape that `FusedDecoder` runs.
@@ -95,8 +98,8 @@ class FusedDecoder:
         """`seen` collects what each reader is given at the last tokens."""
         packing = _Packing(batch, self._device)
         steering = _Steering(batch, packing, self.num_layers, self._device)
-        hidden = batch.embeds.float()
-        rotary = self._rotary_tables(batch)
+        hidden = nn.functional.pad(batch.embeds.float(), (0, 0, 0, packing.padding))
+        rotary = self._rotary_tables(batch, packing.padding)
         for number, layer in enumerate(self._layers):
             if seen is not None and number:
                 seen.append(hidden[packing.lasts])
@@ -111,10 +114,10 @@ class FusedDecoder:
             inject_s=steering.inject_s,
         )
 
-    def _rotary_tables(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _rotary_tables(self, batch: Batch, padding: int) -> tuple[Tensor, Tensor]:
         """cos and sin of every packed token, (N, 1, Dh); sin's first half negated, because
         rotate_half(x) * sin = roll(x) * (-sin, sin)."""
-        positions = batch.positions
+        positions = nn.functional.pad(batch.positions, (0, padding))
         positions = positions[:, None] if len(positions) > 1 else positions  # (3, 1, N) or (1, N)
         cos, sin = self._rotary(torch.empty(0, dtype=self._dtype, device=self._device), positions)
         cos, sin = cos[0][:, None], sin[0][:, None].clone()
@@ -126,7 +129,9 @@ class _Packing:
     """Where each part of the batch lies among the packed tokens, and what it may see.
 
     lasts: the last token of every chunk, then every row; wanted: those whose states are asked
-    for. Masks are added to the scores; None sees all.
+    for. Masks are added to the scores; None sees all. padding: zeros behind the last token, so that
+    passes with prefill have few different sizes: for each, oneDNN compiles its products anew, some
+    2 MB of code and 4 ms, and keeps a thousand of them.
     """
 
     def __init__(self, batch: Batch, device: torch.device) -> None:
@@ -148,6 +153,9 @@ class _Packing:
             place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
             rows.slab.begin(rows.lengths, rows.longest)
             self.slabs.append((rows.slab, place, _row_mask(rows.lengths, rows.slab.width, dtype)))
+        self.end = end
+        step = FINE_STEP if end <= FINE_BELOW else COARSE_STEP
+        self.padding = -end % step if batch.chunks else 0
         rows_range = range(self.first_row, end)
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
@@ -232,6 +240,8 @@ class _Layer:
         for slab, place, row_mask in packing.slabs:
             keys, values = slab.append(self._layer, key[place], value[place])
             parts.append(self._attend_rows(q[place], keys, values, row_mask))
+        if packing.padding:
+            parts.append(q.new_zeros(packing.padding, self._num_heads * self._head_dim))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_chunk(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -288,7 +298,7 @@ class _Steering:
         self._shift = SampleShift(plans, num_layers, device) if plans else None
         self._rows = batch.deltas
         self._row_states: Tensor | None = None
-        self._first_row = packing.first_row
+        self._first_row, self._end = packing.first_row, packing.end
         self._is_idle = not deltas and not plans and batch.deltas is None
 
     def at(self, layer: int, hidden: Tensor) -> None:
@@ -304,7 +314,7 @@ class _Steering:
             hidden.index_add_(0, self._measured, delta, alpha=-1)
         if self._rows is not None:
             if self._row_states is None:  # the stream is one tensor, changed in place throughout
-                self._row_states = hidden[self._first_row :]
+                self._row_states = hidden[self._first_row : self._end]
             self._row_states.sub_(self._rows[layer])
         self.inject_s += time.perf_counter() - started
 
