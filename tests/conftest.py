@@ -1,11 +1,13 @@
-"""Fixtures that both packages' tests share: tiny models and an environment without settings."""
+"""Fixtures that both packages' tests share: tiny models, Redis, a clean environment."""
 
 import os
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+from tests.redis_server import RedisServer
 from tests.tiny_models import BUILDERS, TinyModel, build_tiny_unlisted
 
 
@@ -16,6 +18,36 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """For tests with `@pytest.mark.anyio`."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis_server(shared_redis: RedisServer) -> RedisServer:
+    """Empty, and shared by the whole run: not to be stopped or paused."""
+    shared_redis.flush()
+    return shared_redis
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """This test's own, running; it may be killed, paused and started again."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")
