@@ -9,11 +9,17 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from server.cli.audit import audit
 from server.cli.bench import bench
 from server.cli.demo import demo
 from server.cli.extract import extract
+from server.cli.keys import keys
+from server.cli.kill import kill
 from server.cli.memory import with_huge_pages
+from server.cli.policy import policy
+from server.cli.replicas import replicas
 from server.cli.serve import serve
+from server.cli.tenants import tenants
 from server.cli.vectors import vectors
 from server.engine.types import EngineError
 from server.errors import ServerError
@@ -40,6 +46,12 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(extract)
 app.add_typer(vectors, name="vectors")
+app.add_typer(tenants, name="tenants")
+app.add_typer(keys, name="keys")
+app.add_typer(policy, name="policy")
+app.add_typer(audit, name="audit")
+app.command()(kill)
+app.command()(replicas)
 app.command()(bench)
 app.command()(demo)
 
