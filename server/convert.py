@@ -230,6 +230,7 @@ class StreamedAnswer:
             created=self._head.created,
             model=self._head.model,
             choices=[] if choice is None else [choice],
+            steering_revision=self.steered.plan.revision,
         )
         if self._include_usage:
             chunk.usage = None  # set, so that it is written

@@ -1,4 +1,4 @@
-"""Plain ASGI around every request: id, log line, in-flight count, host, key, body limit.
+"""Plain ASGI around every request: id, log line, in-flight count, host, key, limits, body limit.
 
 Never buffers an answer. Does not cover what a path does (routes/).
 """
@@ -8,25 +8,34 @@ import logging
 import re
 import time
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.config import is_loopback
+from server.config import Settings, is_loopback, parse_admin_keys
+from server.control import KEY_START
+from server.directory import Principal, TenantDirectory
+from server.documents import DEFAULT_TENANT
 from server.engine.types import QueueFullError
 from server.errors import (
     AuthenticationError,
     BodyTooLargeError,
     ForbiddenHostError,
+    RateLimitError,
+    UnavailableError,
     error_response,
 )
 from server.generation import ClientLeftError
+from server.limits import TenantLimits
 from server.services import BodyBudget, BodyShare, InFlight
 
 log = logging.getLogger("deshift.requests")
 OPEN_PATHS = frozenset({"/health", "/ready"})
+LIMITED = ("POST", "/v1/chat/completions")
+SETTINGS_KEY_ID = "settings"  # stands for DESHIFT_API_KEY where a key's id is told
 CLIENT_LEFT_STATUS = 499  # only in the log: nobody receives it
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]*)?")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -41,12 +50,19 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     steering: str = "-"
+    principal: Principal | None = None
     started: float = field(default_factory=time.monotonic)
 
 
 def record_of(scope: Scope) -> RequestRecord:
     record: RequestRecord = scope["state"]["record"]
     return record
+
+
+def principal_of(scope: Scope) -> Principal:
+    """Of any request that came through Auth, on other than the open paths."""
+    principal: Principal = scope["state"]["principal"]
+    return principal
 
 
 def body_share_of(scope: Scope) -> BodyShare:
@@ -95,11 +111,14 @@ def _request_id(asked: str | None) -> str:
 
 def _log(scope: Scope, record: RequestRecord) -> None:
     level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+    principal = record.principal or Principal("-", "-")
     log.log(
         level,
-        "request_id=%s method=%s path=%s status=%d prompt_tokens=%d completion_tokens=%d "
-        "steering=%s seconds=%.3f",
+        "request_id=%s tenant=%s key=%s method=%s path=%s status=%d prompt_tokens=%d "
+        "completion_tokens=%d steering=%s seconds=%.3f",
         record.request_id,
+        principal.tenant,
+        principal.key_id or "-",
         ascii(scope["method"])[1:-1],
         ascii(scope["path"][:80]),  # quoted and escaped: a path may hold spaces, CR and LF
         record.status or CLIENT_LEFT_STATUS,
@@ -133,28 +152,100 @@ class LoopbackHost:
         await self._app(scope, receive, send)
 
 
-class ApiKey:
-    """Lets only requests with the bearer key through, except on the open paths."""
+class Auth:
+    """Finds whose request it is, or refuses it, except on the open paths.
 
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
+    A tenant's key, or the settings' key for the default tenant. Where neither the settings nor any
+    tenant has a key it is the default tenant's anyway, whatever key a client's library put there;
+    but keys of a tenant's form and operators' keys are never taken for no key.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, directory: TenantDirectory) -> None:
         self._app = app
-        self._expected = None if key is None else key.encode("ascii")
+        self._directory = directory
+        self._waits_for_store = settings.cold_start == "refuse"
+        self._api_key = settings.api_key and settings.api_key.get_secret_value().encode()
+        admin_keys = settings.admin_keys and parse_admin_keys(
+            settings.admin_keys.get_secret_value()
+        )
+        self._admin_keys = [key.encode() for key in (admin_keys or {}).values()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_allowed(scope):
-            error = AuthenticationError(
-                "a valid API key is needed, in the header `Authorization: Bearer <key>`"
-            )
-            await error_response(error)(scope, receive, send)
-            return
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                principal = self._principal(_bearer_key(scope))
+            except (AuthenticationError, UnavailableError) as error:
+                await error_response(error)(scope, receive, send)
+                return
+            scope["state"]["principal"] = principal
+            record_of(scope).principal = principal
         await self._app(scope, receive, send)
 
-    def _is_allowed(self, scope: Scope) -> bool:
-        if self._expected is None or scope["path"] in OPEN_PATHS:
-            return True
-        value = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = value.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._expected)
+    def _principal(self, key: bytes | None) -> Principal:
+        """Raises AuthenticationError, UnavailableError."""
+        directory = self._directory
+        if self._waits_for_store and not directory.is_synced:
+            raise UnavailableError(
+                "this server waits for its store (cold_start is 'refuse'); /ready says why",
+                code="store_unavailable",
+            )
+        if key is not None:
+            if self._api_key and hmac.compare_digest(key, self._api_key):
+                return Principal(DEFAULT_TENANT, SETTINGS_KEY_ID)
+            principal = directory.authenticate(key.decode("latin-1"), time.time())
+            if principal is not None:
+                return principal
+        if self._lets_in_anybody and not (key is not None and self._is_somebodys(key)):
+            return Principal(DEFAULT_TENANT, "")
+        if key is not None and not directory.is_synced:
+            raise UnavailableError(
+                "API keys cannot be checked before the store has been read; /ready says why",
+                code="store_unavailable",
+            )
+        raise AuthenticationError(
+            "a valid API key is needed, in the header `Authorization: Bearer <key>`"
+        )
+
+    @property
+    def _lets_in_anybody(self) -> bool:
+        return not self._api_key and not self._directory.requires_key
+
+    def _is_somebodys(self, key: bytes) -> bool:
+        is_admins = any([hmac.compare_digest(key, each) for each in self._admin_keys])
+        return is_admins or key.startswith(KEY_START.encode())
+
+
+def _bearer_key(scope: Scope) -> bytes | None:
+    value: bytes = dict(scope["headers"]).get(b"authorization", b"")
+    scheme, _, key = value.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" and key.strip() else None
+
+
+class RateLimits:
+    """Holds each tenant to its limits for POST /v1/chat/completions, before the body is read.
+
+    A request runs until its answer's last byte, or until it fails or its client leaves.
+    """
+
+    def __init__(
+        self, app: ASGIApp, directory: TenantDirectory, limits: TenantLimits | None = None
+    ) -> None:
+        self._app = app
+        self._directory = directory
+        self._limits = limits or TenantLimits()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != LIMITED:
+            await self._app(scope, receive, send)
+            return
+        with ExitStack() as admission:
+            try:
+                policy = self._directory.policy(principal_of(scope).tenant, time.time())
+                admission.enter_context(self._limits.admitted(policy))
+            except (AuthenticationError, UnavailableError, RateLimitError) as error:
+                await error_response(error)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -1,49 +1,74 @@
 """Policy and a request's wish -> the plan of that request. Pure.
 
-Does not cover tenants (there is one policy, from the settings) nor tensors (steering/methods.py).
+Does not cover where a tenant's policy comes from (directory.py) nor tensors (steering/methods.py).
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from server.config import ClientOverride, Settings
+from server.documents import DEFAULT_TENANT, KillAction, PolicyFields, explain
 from server.engine.types import OnError
-from server.errors import InvalidRequestError, OverrideForbiddenError, UnavailableError
+from server.errors import (
+    ConfigError,
+    InvalidRequestError,
+    OverrideForbiddenError,
+    UnavailableError,
+)
 from steering.corruption import Corruption
-from steering.plan import Mode, Reason, Schedule, SteeringPlan
+from steering.plan import Method, Mode, Reason, Schedule, Scope, SteeringPlan
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator decided.
+    """What the operator decided for one tenant.
 
     `client_override` says how far a request may depart from it, `on_error` what happens to one
-    that is to be steered, by the policy or by its own wish, and cannot be.
+    that is to be steered, by the policy or by its own wish, and cannot be. `rollout`: the per cent
+    of units (a request's end user, else its key) that are steered. It is for trying a policy, not
+    a safety boundary: who chooses the unit chooses on which side it falls. requests_per_minute,
+    concurrency: of one replica (limits.py).
     """
 
+    tenant: str
     mode: Mode
+    method: Method
     alpha: float
+    alpha_max: float
     schedule: Schedule
+    scope: Scope
     vector_alias: str
     corruption: Corruption
     on_error: OnError
     client_override: ClientOverride
-    alpha_max: float
     max_relative_dose: float
+    rollout: float = 100.0
+    requests_per_minute: int | None = None
+    concurrency: int | None = None
     revision: int = 0
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> "Policy":
+    def of(cls, fields: PolicyFields, revision: int, tenant: str = DEFAULT_TENANT) -> "Policy":
         return cls(
-            mode=settings.steering_mode,
-            alpha=settings.alpha,
-            schedule=Schedule.parse(settings.schedule),
-            vector_alias=settings.vector_alias,
-            corruption=settings.corruption,
-            on_error=settings.on_error,
-            client_override=settings.client_override_in_force,
-            alpha_max=settings.alpha_max,
-            max_relative_dose=settings.max_relative_dose,
+            tenant=tenant,
+            mode=fields.mode,
+            method=fields.method,
+            alpha=fields.alpha,
+            alpha_max=fields.alpha_max,
+            schedule=Schedule.parse(fields.schedule),
+            scope=fields.scope,
+            vector_alias=fields.vector_alias,
+            corruption=fields.corruption,
+            on_error=fields.on_error,
+            client_override=fields.client_override,
+            max_relative_dose=fields.max_relative_dose,
+            rollout=fields.rollout,
+            requests_per_minute=fields.requests_per_minute,
+            concurrency=fields.concurrency,
+            revision=revision,
         )
 
     @property
@@ -57,16 +82,45 @@ class Policy:
         return self.is_active and self.mode == "dataset" and self.on_error == "reject"
 
     @property
+    def may_use_vectors(self) -> bool:
+        """Whether some request may be steered by the alias's vector set, by its own wish too."""
+        return self.mode == "dataset" or self.client_override == "any"
+
+    @property
     def in_force(self) -> tuple[Mode, float, Schedule, Corruption | None] | None:
         """What reaches the hidden states; None, equal for every spelling of nothing."""
         corruption = self.corruption if self.mode == "sample" else None
         return (self.mode, self.alpha, self.schedule, corruption) if self.is_active else None
+
+    def is_rolled_out(self, unit: str) -> bool:
+        """Whether `unit` is among the steered ones: always the same answer for the same unit."""
+        digest = hashlib.sha256(f"{self.tenant}\0{unit}".encode()).digest()
+        return 100 * int.from_bytes(digest[:8]) < self.rollout * 2**64
 
     def __str__(self) -> str:
         if not self.is_active:
             return "mode=off"
         text = f"mode={self.mode}; alpha={self.alpha:g}; schedule={self.schedule}"
         return f"{text}; corruption={self.corruption}" if self.mode == "sample" else text
+
+
+def default_fields(settings: Settings) -> PolicyFields:
+    """The policy of requests without a tenant's key. Raises ConfigError."""
+    try:
+        return PolicyFields(
+            mode=settings.steering_mode,
+            alpha=settings.alpha,
+            alpha_max=settings.alpha_max,
+            schedule=settings.schedule,
+            vector_alias=settings.vector_alias,
+            corruption=settings.corruption,
+            on_error=settings.on_error,
+            client_override=settings.client_override_in_force,
+            max_relative_dose=settings.max_relative_dose,
+            rollout=100.0,
+        )
+    except ValidationError as error:
+        raise ConfigError(f"the policy of the settings: {explain(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -87,32 +141,47 @@ class HasId(Protocol):
 
 
 def decide(
-    policy: Policy, override: Override | None, has_images: bool, vectors: HasId | None
+    policy: Policy,
+    override: Override | None,
+    has_images: bool,
+    vectors: HasId | None,
+    *,
+    kill: KillAction = "none",
+    unit: str = "",
 ) -> SteeringPlan:
-    """Fix the steering of one request, for its life.
+    """Fix the steering of one request, for its life. `unit` is what a rollout counts.
 
-    Raises OverrideForbiddenError, InvalidRequestError (alpha out of bounds, a corruption where
-    nothing is measured with it) and UnavailableError (it would be steered by vectors, there are
-    none, and the policy does not say to serve it unsteered then). The dose's cap travels in the
-    plan and is applied where the shift is (steering/methods.py).
+    Raises, in this order, OverrideForbiddenError; InvalidRequestError (alpha out of bounds, a
+    corruption where nothing is measured with it); UnavailableError (the kill switch refuses
+    pictures; or it would be steered by vectors, there are none, and the policy does not say to
+    serve it unsteered then). The dose's cap travels in the plan and is applied where the shift is
+    (steering/methods.py).
     """
     wanted = _permitted(policy, override or Override())
+    if has_images and kill == "reject":
+        raise UnavailableError(
+            "the operators have stopped requests with pictures; text is served",
+            code="steering_killed",
+        )
     if wanted.mode == "off":
         return _unsteered(policy, "disabled")
     if wanted.alpha == 0:
         return _unsteered(policy, "alpha-zero")
     if not has_images:
         return _unsteered(policy, "text-only")
-    vector_id = None
-    if wanted.mode == "dataset":
-        if vectors is None:
-            return _without_vectors(policy)
-        vector_id = vectors.id
+    if kill == "unsteered":
+        return _unsteered(policy, "kill-switch")
+    if not policy.is_rolled_out(unit):
+        return _unsteered(policy, "rollout")
+    if wanted.mode == "dataset" and vectors is None:
+        return _without_vectors(policy)
     return SteeringPlan(
         mode=wanted.mode,
+        method=wanted.method,
         alpha=wanted.alpha,
         schedule=wanted.schedule,
-        vector_id=vector_id,
+        scope=wanted.scope,
+        vector_id=vectors.id if vectors is not None and wanted.mode == "dataset" else None,
         corruption=wanted.corruption,
         max_relative_dose=policy.max_relative_dose,
         revision=policy.revision,
@@ -135,7 +204,9 @@ def _unsteered(policy: Policy, reason: Reason) -> SteeringPlan:
 
 
 def _permitted(policy: Policy, override: Override) -> Policy:
-    """The policy with the override applied, if the policy allows it and alpha is in bounds."""
+    """The policy with the override applied, if the policy allows it and it makes sense."""
+    if override == Override():
+        return policy
     wanted = replace(
         policy,
         mode=policy.mode if override.mode is None else override.mode,
@@ -143,7 +214,9 @@ def _permitted(policy: Policy, override: Override) -> Policy:
         schedule=policy.schedule if override.schedule is None else override.schedule,
         corruption=policy.corruption if override.corruption is None else override.corruption,
     )
-    if wanted.alpha < 0 or wanted.alpha > policy.alpha_max:
+    if wanted.in_force != policy.in_force:
+        _check_allowed(policy, wanted)
+    if not 0 <= wanted.alpha <= policy.alpha_max:
         raise InvalidRequestError(
             f"steering.alpha {wanted.alpha:g} is outside 0..{policy.alpha_max:g} "
             "(the operator's alpha_max)",
@@ -155,16 +228,19 @@ def _permitted(policy: Policy, override: Override) -> Policy:
             "with a corruption of its own: leave it out, or ask for mode sample",
             param="steering.corruption",
         )
-    if policy.client_override == "any" or wanted.in_force == policy.in_force:
-        return wanted
+    return wanted
+
+
+def _check_allowed(policy: Policy, wanted: Policy) -> None:
+    """Raises OverrideForbiddenError unless the policy lets a request ask for `wanted`."""
     if policy.client_override == "none":
         raise OverrideForbiddenError(
             "this server's policy does not let requests change the steering "
             f"(client_override is 'none'; in force: {policy})"
         )
-    if wanted.alpha < policy.alpha or wanted != replace(policy, alpha=wanted.alpha):
+    is_stronger = wanted.alpha >= policy.alpha and wanted == replace(policy, alpha=wanted.alpha)
+    if policy.client_override == "strengthen" and not is_stronger:
         raise OverrideForbiddenError(
             "this server's policy lets requests only raise alpha and change nothing else "
             f"(client_override is 'strengthen'; in force: {policy}; asked: {wanted})"
         )
-    return wanted

@@ -22,7 +22,7 @@ from steering.corruption import Corruption
 from steering.errors import PlanError
 from steering.plan import Mode, Schedule
 
-# Accepted and ignored: they say who asks, how it is billed or stored, or how fast it should be.
+# Accepted and ignored: they say how it is billed or stored, or how fast it should be.
 IGNORED_FIELDS = frozenset(
     {
         "metadata",
@@ -31,10 +31,8 @@ IGNORED_FIELDS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "safety_identifier",
         "service_tier",
         "store",
-        "user",
     }
 )
 # Not honoured: only the values that ask for nothing are accepted.
@@ -212,6 +210,8 @@ class ChatCompletionRequest(Wire):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool | None = None
     steering: SteeringOverride | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
 
     @field_validator("max_tokens", mode="before")
     @classmethod
@@ -237,6 +237,11 @@ class ChatCompletionRequest(Wire):
         if value is not None and not info.data.get("logprobs"):
             raise ValueError("is allowed only with logprobs: true")
         return value
+
+    @property
+    def end_user(self) -> str | None:
+        """Who asks the client, as far as it says so; a rollout counts by it."""
+        return self.user or self.safety_identifier or None
 
     @property
     def image_urls(self) -> list[str]:

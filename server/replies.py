@@ -93,13 +93,17 @@ class ChunkChoice(BaseModel):
 
 
 class ChatCompletionChunk(BaseModel):
-    """Dumped with exclude_unset: `usage` and `steering` appear where they were given."""
+    """Dumped with exclude_unset: `usage` and `steering` appear where they were given.
+
+    `steering_revision`: of the policy that was in force when the request was admitted.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
     choices: list[ChunkChoice]
+    steering_revision: int
     usage: Usage | None = None
     steering: SteeringReport | None = None
 

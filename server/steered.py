@@ -31,7 +31,7 @@ class Steered:
         """The value of x-deshift-steering."""
         plan = self.plan
         if not plan.is_active:
-            return f"mode=off; reason={plan.reason}"
+            return f"mode=off; reason={plan.reason}; revision={plan.revision}"
         source = (
             f"vector={plan.vector_id}"
             if plan.corruption_in_force is None

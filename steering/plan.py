@@ -16,7 +16,15 @@ Mode = Literal["off", "dataset", "sample"]
 Method = Literal["subtract"]
 Scope = Literal["last"]
 # The last two: it should have been steered and could not be, and the policy serves it all the same.
-Reason = Literal["text-only", "disabled", "alpha-zero", "vectors-unavailable", "shift-failed"]
+Reason = Literal[
+    "text-only",
+    "disabled",
+    "alpha-zero",
+    "kill-switch",  # the operators steer nobody at the moment
+    "rollout",  # the policy is tried on others
+    "vectors-unavailable",
+    "shift-failed",
+]
 
 
 @dataclass(frozen=True)

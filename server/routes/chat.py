@@ -1,6 +1,7 @@
 """POST /v1/chat/completions: one request, from its body to its last byte.
 
-body -> wire model -> plan -> pictures and prompt (thread pool) -> engine -> events -> answer.
+body -> wire model -> the tenant's policy -> plan -> pictures and prompt (thread pool) -> engine ->
+events -> answer.
 One deadline, set on arrival, holds for all of it.
 """
 
@@ -18,12 +19,13 @@ from starlette.types import Receive
 
 from server.answers import StreamResponse, WholeResponse
 from server.convert import AnswerHead, engine_messages, override_of, sampling_params
-from server.engine.types import EngineInputs, EngineRequest, PairError, QueueFullError
+from server.directory import Principal
+from server.engine.types import EngineInputs, EngineRequest, OnError, PairError, QueueFullError
 from server.errors import InvalidRequestError, RequestTimeoutError
 from server.generation import ClientLeftError, Generation, until_left
 from server.media import decode_images
-from server.middleware import body_share_of, record_of
-from server.policy import decide
+from server.middleware import body_share_of, principal_of, record_of
+from server.policy import Policy, decide
 from server.protocol import ChatCompletionRequest, parse_chat
 from server.routes.models import check_model
 from server.services import Services, services_of
@@ -45,9 +47,11 @@ async def create_chat_completion(request: Request) -> Response:
         wire = parse_chat(await _body(request))
         check_model(services, wire.model)
         _check_num_choices(services, wire)
-        plan, steering = _steering(services, wire)
+        principal = principal_of(request.scope)
+        policy = services.directory.policy(principal.tenant, time.time())
+        plan, steering = _steering(services, wire, policy, principal)
         record.steering = Steered(plan).log_value
-        inputs, plan = await _prepared(services, wire, plan, request.receive)
+        inputs, plan = await _prepared(services, wire, plan, policy.on_error, request.receive)
     if plan.reason == "shift-failed":  # why is not logged: templates put conversations into errors
         log.warning("request_id=%s unsteered: its two prompts cannot be made", record.request_id)
     body_share_of(request.scope).release()
@@ -60,7 +64,8 @@ async def create_chat_completion(request: Request) -> Response:
         delta=steering.delta,
         emit=generation.emit,
         timeout_s=deadline - time.monotonic(),
-        on_error=services.policy.on_error,
+        namespace=policy.tenant,
+        on_error=policy.on_error,
     )
     head = _head(wire, engine_request)
     steered = Steered(plan, steering.max_dose)
@@ -112,19 +117,31 @@ async def _body(request: Request) -> bytes:
     return b"".join([chunk async for chunk in request.stream()])
 
 
-def _steering(services: Services, wire: ChatCompletionRequest) -> tuple[SteeringPlan, RowSteering]:
+def _steering(
+    services: Services, wire: ChatCompletionRequest, policy: Policy, principal: Principal
+) -> tuple[SteeringPlan, RowSteering]:
     """Fix the plan, with one look at the vectors, for the request's life."""
-    vectors = services.vectors.active
-    has_images = bool(wire.image_urls)
+    vectors = services.vectors.active(policy.vector_alias)
     try:
-        plan = decide(services.policy, override_of(wire.steering), has_images, vectors)
+        plan = decide(
+            policy,
+            override_of(wire.steering),
+            bool(wire.image_urls),
+            vectors,
+            kill=services.directory.kill,
+            unit=wire.end_user or principal.key_id,
+        )
         return plan, services.vectors.steering(plan, vectors)
     except PlanError as error:
         raise InvalidRequestError(str(error), param="steering") from None
 
 
 async def _prepared(
-    services: Services, wire: ChatCompletionRequest, plan: SteeringPlan, client: Receive
+    services: Services,
+    wire: ChatCompletionRequest,
+    plan: SteeringPlan,
+    on_error: OnError,
+    client: Receive,
 ) -> tuple[EngineInputs, SteeringPlan]:
     """Pictures and prompt, made in the pool, and the plan that can be followed with them.
 
@@ -132,7 +149,7 @@ async def _prepared(
     Raises ClientLeftError.
     """
     loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(services.pool, _prepare, services, wire, plan)
+    work = loop.run_in_executor(services.pool, _prepare, services, wire, plan, on_error)
     left = asyncio.create_task(until_left(client))
     try:
         either: set[asyncio.Future[Any]] = {work, left}
@@ -146,7 +163,7 @@ async def _prepared(
 
 
 def _prepare(
-    services: Services, wire: ChatCompletionRequest, plan: SteeringPlan
+    services: Services, wire: ChatCompletionRequest, plan: SteeringPlan, on_error: OnError
 ) -> tuple[EngineInputs, SteeringPlan]:
     """Without its pair of prompts the request goes on unsteered if the policy says so."""
     images = decode_images(wire.image_urls, services.media_limits)
@@ -154,6 +171,6 @@ def _prepare(
     try:
         return engine.prepare(messages, images, plan.corruption_in_force), plan
     except PairError:
-        if services.policy.on_error == "reject":
+        if on_error == "reject":
             raise
     return engine.prepare(messages, images), plan.unsteered("shift-failed")
