@@ -17,19 +17,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.config import PREFIX, Settings
+from server.control import Control
+from server.directory import TenantDirectory
 from server.engine.api import Engine
 from server.engine.types import EngineError
 from server.errors import ConfigError, ServerError, error_response
+from server.heartbeat import Heartbeat, replica_name, replica_status
 from server.media import MediaLimits
-from server.middleware import ApiKey, BodyLimit, LoopbackHost, RequestContext
-from server.policy import Policy
+from server.middleware import Auth, BodyLimit, LoopbackHost, RequestContext
+from server.policy import default_fields
 from server.routes import chat, models, status
 from server.services import BodyBudget, Services
+from server.sync import Sync
 from server.vectors import VectorCatalogue
-from steering.errors import PlanError
+from steering.errors import PlanError, StoreError
+from steering.plan import Schedule
 from steering.stores import Store, open_store
 
 log = logging.getLogger("deshift")
+START_WAIT_S = 3.0  # for the store; then the server starts without it, as `cold_start` says
 ERRORS_WITH_A_STATUS = (ServerError, EngineError, HTTPException)
 
 
@@ -39,11 +45,17 @@ def create_app(
     """Build the server. Without `engine` this loads the model: slow, and raises what that raises.
 
     `engine` is started and drained by the lifespan, whoever built it; `store` is closed by it
-    only if it was opened here.
+    only if it was opened here. With `admin_store` set, operators' changes go there.
     """
-    is_own_store = store is None
-    store = store or open_store(settings.store_url)
-    services = build_services(settings, engine or build_engine(settings), store)
+    opened: list[Store] = []
+
+    def open_own(url: str) -> Store:
+        opened.append(open_store(url))
+        return opened[-1]
+
+    store = store or open_own(settings.store_url)
+    writable = store if settings.admin_store is None else open_own(settings.admin_store)
+    services = build_services(settings, engine or build_engine(settings), store, writable)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,8 +63,9 @@ def create_app(
             async with running(services):
                 yield
         finally:
-            if is_own_store:
-                store.close()
+            for each in opened:
+                with suppress(StoreError):  # a lost one, too, has let go of what it held
+                    await each.close()
 
     app = FastAPI(
         lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
@@ -62,12 +75,11 @@ def create_app(
         app.include_router(module.router)
     for kind in ERRORS_WITH_A_STATUS:
         app.add_exception_handler(kind, _answer_error)
-    key = settings.api_key.get_secret_value() if settings.api_key is not None else None
     app.add_middleware(  # innermost
         BodyLimit, max_bytes=settings.max_body_bytes, budget=services.bodies
     )
-    app.add_middleware(ApiKey, key=key)
-    if key is None:
+    app.add_middleware(Auth, settings=settings, directory=services.directory)
+    if settings.api_key is None:
         app.add_middleware(LoopbackHost)  # Settings let nothing but loopback do without a key
     app.add_middleware(RequestContext, in_flight=services.in_flight)
     return app
@@ -98,25 +110,39 @@ def build_engine(settings: Settings) -> Engine:
     return EmbeddedEngine(loaded, config)
 
 
-def build_services(settings: Settings, engine: Engine, store: Store) -> Services:
+def build_services(settings: Settings, engine: Engine, store: Store, writable: Store) -> Services:
     """Raises ConfigError for a schedule that the model has no layers for."""
-    policy = Policy.from_settings(settings)
+    fields = default_fields(settings)
     try:
-        policy.schedule.layers(engine.identity.num_layers)
+        Schedule.parse(fields.schedule).layers(engine.identity.num_layers)
     except PlanError as error:
         raise ConfigError(f"{PREFIX}SCHEDULE: {error}") from None
+    directory = TenantDirectory(fields)
+    vectors = VectorCatalogue(store, engine.identity)
+    sync = Sync(store, directory, vectors, settings.sync_interval_s)
+    replica, started_at = replica_name(settings), time.time()
+    heartbeat = Heartbeat(
+        store,
+        replica,
+        settings.sync_interval_s,
+        lambda: replica_status(replica, settings, engine, directory, vectors, sync, started_at),
+    )
     return Services(
         settings=settings,
-        policy=policy,
         engine=engine,
-        vectors=VectorCatalogue(store, policy, engine.identity),
+        store=store,
+        control=Control(writable),
+        directory=directory,
+        vectors=vectors,
+        sync=sync,
+        heartbeat=heartbeat,
         media_limits=MediaLimits(
             max_images=settings.max_images,
             max_bytes=settings.max_image_bytes,
             max_pixels=settings.max_image_pixels,
             max_aspect=settings.max_image_aspect,
         ),
-        created=int(time.time()),
+        created=int(started_at),
         pool=ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare"),
         bodies=BodyBudget(settings.max_buffered_bytes),
     )
@@ -132,17 +158,35 @@ async def running(services: Services) -> AsyncIterator[None]:
     services.bridge.bind(asyncio.get_running_loop())
     try:
         await asyncio.to_thread(services.engine.start)
-        await asyncio.to_thread(services.vectors.refresh)
-        poll = asyncio.create_task(services.vectors.poll())
-        try:
+        async with following(services):
             yield
-        finally:
-            poll.cancel()
-            with suppress(asyncio.CancelledError):
-                await poll
     finally:
         await drain(services)
         services.pool.shutdown(wait=False, cancel_futures=True)
+
+
+@asynccontextmanager
+async def following(services: Services) -> AsyncIterator[None]:
+    """Keep in step with the store; wait a little for the first documents and their vectors."""
+    tasks = [
+        asyncio.create_task(each.run(), name=type(each).__name__)
+        for each in (services.vectors, services.sync, services.heartbeat)
+    ]
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(START_WAIT_S):
+                await services.sync.wait_for_first_look()
+                if services.directory.is_synced:
+                    await services.vectors.wait_until_settled()
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task, end in zip(
+            tasks, await asyncio.gather(*tasks, return_exceptions=True), strict=True
+        ):
+            if isinstance(end, Exception):
+                log.error("%s ended", task.get_name(), exc_info=end)
 
 
 async def drain(services: Services, timeout_s: float | None = None) -> None:

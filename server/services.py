@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from server.config import Settings
+from server.control import Control
+from server.directory import TenantDirectory
 from server.engine.api import Engine
 from server.engine.types import QueueFullError
 from server.errors import UnavailableError
 from server.generation import EventBridge
+from server.heartbeat import Heartbeat
+from server.limits import TenantLimits
 from server.media import MediaLimits
-from server.policy import Policy
+from server.sync import Sync
 from server.vectors import VectorCatalogue
+from steering.stores.base import Store
 
 
 class InFlight:
@@ -59,13 +64,18 @@ class BodyShare:
 @dataclass(frozen=True)
 class Services:
     settings: Settings
-    policy: Policy
     engine: Engine
+    store: Store  # what this replica reads
+    control: Control  # what its operators change, with rights of its own
+    directory: TenantDirectory
     vectors: VectorCatalogue
+    sync: Sync
+    heartbeat: Heartbeat
     media_limits: MediaLimits
     created: int  # wall time, for /v1/models
     pool: ThreadPoolExecutor  # decodes images and runs processors
     bodies: BodyBudget
+    limits: TenantLimits = field(default_factory=TenantLimits)
     in_flight: InFlight = field(default_factory=InFlight)
     bridge: EventBridge = field(default_factory=EventBridge)
 

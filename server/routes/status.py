@@ -1,9 +1,15 @@
 """GET /health (alive?) and GET /ready (fit to answer?), both open and without secrets."""
 
+import time
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from server.services import services_of
+from server.documents import DEFAULT_TENANT
+from server.errors import UnavailableError
+from server.services import Services, services_of
+from steering.stores import without_credentials
 
 router = APIRouter()
 
@@ -19,12 +25,17 @@ async def health(request: Request) -> Response:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """200 when the engine passed its canary, vectors in force are valid and nothing drains."""
+    """200 when the engine passed its canary, nothing drains, and the default policy can be kept.
+
+    A lost or foreign store, and another tenant's alias that is broken, are shown and leave it
+    ready: what was in force before is in force.
+    """
     services = services_of(request)
     engine = services.engine.status()
-    vectors = services.vectors.active
     is_draining = services.in_flight.is_draining
-    is_ready = engine.state == "ready" and services.vectors.is_ready and not is_draining
+    steering, can_steer = _steering(services)
+    is_cold = not services.directory.is_synced and services.settings.cold_start == "refuse"
+    is_ready = engine.state == "ready" and can_steer and not is_draining and not is_cold
     body = {
         "status": "ready" if is_ready else "not ready",
         "model": services.model_name,
@@ -35,11 +46,42 @@ async def ready(request: Request) -> Response:
             "waiting": engine.num_waiting,
             "running": engine.num_running,
         },
-        "steering": {
-            "policy": str(services.policy),
-            "alias": services.policy.vector_alias,
-            "vector": vectors.id if vectors else None,
-            "problem": services.vectors.problem,
-        },
+        "store": _store(services),
+        "steering": steering,
     }
     return JSONResponse(body, status_code=200 if is_ready else 503)
+
+
+def _store(services: Services) -> dict[str, Any]:
+    """How this replica stands to its store, of which scheme and host are named."""
+    url, status = services.settings.store_url, services.sync.status
+    scheme = url.partition("://")[0]
+    return {
+        "place": without_credentials(url) if "redis" in scheme else scheme,
+        "state": status.store,
+        "problem": status.problem,
+        "revision": status.revision,
+        "epoch": status.epoch,
+        "age_s": None if status.age_s is None else round(status.age_s, 3),
+        # Their texts are for operators: they name tenants.
+        "num_unreadable": len(services.directory.problems),
+    }
+
+
+def _steering(services: Services) -> tuple[dict[str, Any], bool]:
+    """What is in force by default, and whether it can be kept; then every alias in use."""
+    vectors, directory = services.vectors, services.directory
+    body = {"kill": directory.kill, "vectors": vectors.ids, "problems": vectors.problems}
+    try:
+        policy = directory.policy(DEFAULT_TENANT, time.time())
+    except UnavailableError as error:
+        return {"policy": None, "problem": str(error), **body}, False
+    active, alias = vectors.active(policy.vector_alias), policy.vector_alias
+    problem = vectors.problem_of(policy) or vectors.problem(alias)
+    default = {
+        "policy": str(policy),
+        "alias": alias,
+        "vector": active.id if active else None,
+        "problem": problem,
+    }
+    return {**default, **body}, vectors.is_ready_for(policy)
