@@ -1,5 +1,6 @@
 """The checkpoint, and the servers that are started on it: Deshift itself, `transformers serve`."""
 
+import asyncio
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,17 +58,13 @@ def of_shape(name: str) -> Checkpoint:
     """
     from server.bench import shapes  # torch: seconds
     from server.demo import setup
-    from steering.stores import open_store
 
     if name not in shapes.SHAPES:
         raise BenchError(f"--shape {name} is not one of: {', '.join(shapes.SHAPES)}")
     built = shapes.build(shapes.SHAPES[name], setup.cache_dir())
     url = f"sqlite:///{(built.vectors.parent / 'bench.db').absolute()}"
-    store = open_store(url)
-    try:
-        store.set_alias(shapes.ALIAS, store.put_vectors(built.vectors.read_bytes()))
-    finally:
-        store.close()
+    vectors = built.vectors.read_bytes()
+    asyncio.run(setup.keep(url, vectors, shapes.ALIAS, by="deshift bench"))
     values = {
         "STORE": url,
         "VECTOR_ALIAS": shapes.ALIAS,

@@ -5,7 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from server.cli.options import JsonOption, StoreOption, opened_store, print_json, settings_with
+from server.cli.options import JsonOption, StoreOption, print_json, settings_with, with_store
+from server.control import activate as point_alias
+from steering.stores import Store, without_credentials
+
+BY = "deshift extract"
 
 
 def extract(
@@ -59,34 +63,39 @@ def extract(
     from steering.models import load_model
 
     anchor_set = load_anchors(anchors, balanced=not unbalanced)
-    with opened_store(settings.store_url) as opened:
-        loaded = load_model(
-            settings.model,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=settings.device,
+    # Before the minutes that measuring takes: does the store answer?
+    with_store(settings.store_url, lambda store: store.list_vectors())
+    loaded = load_model(
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+    with tqdm(total=len(anchor_set), desc="extract", unit="prompt") as bar:
+        vectors = measure(
+            loaded,
+            anchor_set,
+            corruption=corruption,
+            image_size=size,
+            batch_size=batch_size,
+            basis_rank=basis_rank,
+            on_progress=bar.update,
         )
-        with tqdm(total=len(anchor_set), desc="extract", unit="prompt") as bar:
-            vectors = measure(
-                loaded,
-                anchor_set,
-                corruption=corruption,
-                image_size=size,
-                batch_size=batch_size,
-                basis_rank=basis_rank,
-                on_progress=bar.update,
-            )
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            vectors.save(output)
-        opened.put_vectors(vectors.to_bytes())
-        names = [name for name in (alias, settings.vector_alias if activate else None) if name]
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        vectors.save(output)
+    names = [name for name in (alias, settings.vector_alias if activate else None) if name]
+
+    async def keep(store: Store) -> None:
+        await store.put_vectors(vectors.to_bytes())
         for name in names:
-            opened.set_alias(name, vectors.id)
+            await point_alias(store, name, vectors.id, by=BY, reason="a new vector set was made")
+
+    with_store(settings.store_url, keep)
     if as_json:
         print_json({"id": vectors.id, "aliases": names, "manifest": vectors.manifest.as_dict()})
         return
-    typer.echo(f"vector set {vectors.id} is in {settings.store_url}")
+    typer.echo(f"vector set {vectors.id} is in {without_credentials(settings.store_url)}")
     for name in names:
         typer.echo(f"alias {name} points to it")
 

@@ -1,23 +1,27 @@
 """What several subcommands share: settings, the store, printing."""
 
+import asyncio
+import getpass
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Annotated, Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from server.config import Settings
-from steering.stores import Store, open_store
+from steering.stores import Store, opened_store
+
+T = TypeVar("T")
 
 StoreOption = Annotated[
     str | None,
     typer.Option(
-        help="Store of vectors: sqlite:///path or memory://; by default DESHIFT_STORE or "
-        "deshift.db in the cache directory.",
+        help="Store: sqlite:///path, redis://user:password@host:port/db (rediss:// for TLS) or "
+        "redis+sentinel://host,host2/service; by default DESHIFT_STORE or deshift.db in the cache "
+        "directory. A password is better given in DESHIFT_STORE: others see command lines.",
         metavar="URL",
     ),
 ]
@@ -32,13 +36,22 @@ def settings_with(options: Mapping[str, Any]) -> Settings:
     return Settings.from_env(os.environ, given)
 
 
-@contextmanager
-def opened_store(url: str) -> Iterator[Store]:
-    store = open_store(url)
+def with_store(url: str, work: Callable[[Store], Awaitable[T]]) -> T:
+    """Do something with a store, in an event loop of its own, and close it."""
+
+    async def run() -> T:
+        async with opened_store(url) as store:
+            return await work(store)
+
+    return asyncio.run(run())
+
+
+def operator_name() -> str:
+    """Who runs the command, for the audit: the name of the user, or its number without one."""
     try:
-        yield store
-    finally:
-        store.close()
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not be in its /etc/passwd
+        return f"uid {os.getuid()}"
 
 
 def console() -> Console:

@@ -10,11 +10,15 @@ from server.cli.options import (
     JsonOption,
     StoreOption,
     console,
-    opened_store,
+    operator_name,
     print_json,
     settings_with,
+    with_store,
 )
-from steering.stores.base import VectorRecord, resolve
+from server.control import activate as point_alias
+from steering.stores import Store, VectorRecord, without_credentials
+from steering.stores.base import aliases as aliases_of
+from steering.stores.base import resolve
 from steering.vectors import ShiftVectors
 
 vectors = typer.Typer(no_args_is_help=True, help="Vector sets in the store, and their aliases.")
@@ -22,13 +26,18 @@ vectors = typer.Typer(no_args_is_help=True, help="Vector sets in the store, and 
 SetArgument = Annotated[
     str, typer.Argument(help="An alias, an id, or the first 8 or more digits of an id.")
 ]
+ReasonOption = Annotated[str, typer.Option(help="Why, for the audit.")]
+_REASON = "activated by command line"
 
 
 @vectors.command("list")
 def list_sets(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List every vector set, oldest first, with the aliases that point to it."""
-    with opened_store(settings_with({"store": store}).store_url) as opened:
-        records, aliases = opened.list_vectors(), opened.aliases()
+
+    async def read(opened: Store) -> tuple[list[VectorRecord], dict[str, str]]:
+        return await opened.list_vectors(), await aliases_of(opened)
+
+    records, aliases = with_store(settings_with({"store": store}).store_url, read)
     named = {
         record.id: sorted(name for name, id_ in aliases.items() if id_ == record.id)
         for record in records
@@ -56,10 +65,14 @@ def list_sets(store: StoreOption = None, as_json: JsonOption = False) -> None:
 @vectors.command()
 def show(name: SetArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show where a vector set comes from and how large the shift is at each layer."""
-    with opened_store(settings_with({"store": store}).store_url) as opened:
-        vector_id = resolve(opened, name)
-        vector_set = opened.get_vectors(vector_id)
-        aliases = sorted(alias for alias, id_ in opened.aliases().items() if id_ == vector_id)
+
+    async def read(opened: Store) -> tuple[ShiftVectors, dict[str, str]]:
+        found = await opened.get_vectors(await resolve(opened, name))
+        return found, await aliases_of(opened)
+
+    vector_set, known = with_store(settings_with({"store": store}).store_url, read)
+    vector_id = vector_set.id
+    aliases = sorted(alias for alias, id_ in known.items() if id_ == vector_id)
     layers = _layers(vector_set)
     if as_json:
         manifest = vector_set.manifest.as_dict()
@@ -88,16 +101,20 @@ def activate(
         str | None,
         typer.Option(help="The alias; by default the one that the server follows."),
     ] = None,
+    reason: ReasonOption = _REASON,
     store: StoreOption = None,
 ) -> None:
     """Point an alias to a vector set; running servers follow without a restart."""
     settings = settings_with({"store": store})
     alias = alias or settings.vector_alias
-    with opened_store(settings.store_url) as opened:
-        vector_id = resolve(opened, name)
-        opened.get_vectors(vector_id)  # a damaged set is refused before the alias moves
-        before = opened.aliases().get(alias)
-        opened.set_alias(alias, vector_id)
+
+    async def move(opened: Store) -> tuple[str, str | None]:
+        before = (await aliases_of(opened)).get(alias)
+        vector_id = await resolve(opened, name)
+        await point_alias(opened, alias, vector_id, by=operator_name(), reason=reason)
+        return vector_id, before
+
+    vector_id, before = with_store(settings.store_url, move)
     was = f", was {before}" if before not in (None, vector_id) else ""
     typer.echo(f"alias {alias} points to {vector_id}{was}")
 
@@ -106,15 +123,48 @@ def activate(
 def add(
     file: Annotated[Path, typer.Argument(help="A vector set's file.")],
     alias: Annotated[str | None, typer.Option(help="Point this alias to it.")] = None,
+    reason: ReasonOption = _REASON,
     store: StoreOption = None,
 ) -> None:
     """Put a vector set's file into the store."""
     vector_set = ShiftVectors.load(file)
-    with opened_store(settings_with({"store": store}).store_url) as opened:
-        vector_id = opened.put_vectors(vector_set.to_bytes())
-        if alias is not None:
-            opened.set_alias(alias, vector_id)
+    vector_id = _put(settings_with({"store": store}).store_url, vector_set, alias, reason)
     typer.echo(vector_id if alias is None else f"{vector_id}\nalias {alias} points to it")
+
+
+@vectors.command()
+def push(
+    name: SetArgument,
+    to: Annotated[str, typer.Option("--to", help="The other store.", metavar="URL")],
+    alias: Annotated[
+        str | None, typer.Option(help="Point this alias of the other store to it.")
+    ] = None,
+    reason: ReasonOption = _REASON,
+    store: StoreOption = None,
+) -> None:
+    """Copy a vector set to another store; its bytes are verified on both sides."""
+
+    async def read(opened: Store) -> ShiftVectors:
+        return await opened.get_vectors(await resolve(opened, name))
+
+    vector_set = with_store(settings_with({"store": store}).store_url, read)
+    vector_id = _put(to, vector_set, alias, reason)
+    typer.echo(f"vector set {vector_id} is in {without_credentials(to)}")
+    if alias is not None:
+        typer.echo(f"alias {alias} points to it")
+
+
+def _put(url: str, vector_set: ShiftVectors, alias: str | None, reason: str) -> str:
+    """Keep a set, read it back, point an alias to it; returns its id."""
+
+    async def put(opened: Store) -> str:
+        vector_id = await opened.put_vectors(vector_set.to_bytes())
+        await opened.get_vectors(vector_id)
+        if alias is not None:
+            await point_alias(opened, alias, vector_id, by=operator_name(), reason=reason)
+        return vector_id
+
+    return with_store(url, put)
 
 
 def _list_row(record: VectorRecord, aliases: list[str]) -> tuple[str, ...]:

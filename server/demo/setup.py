@@ -1,5 +1,6 @@
 """What the demonstration serves: the model, its shipped vectors in a store, its settings."""
 
+import asyncio
 import json
 import os
 from collections.abc import Mapping
@@ -8,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 
 from server.config import PREFIX, Settings
+from server.control import activate
 from server.demo.cases import MODEL_NAME
 from steering.demo.assemble import assemble
-from steering.stores import open_store
+from steering.stores import opened_store
 
 ALIAS = "demo"
 
@@ -43,6 +45,13 @@ def environment(
     return {k: v for k, v in caller.items() if not k.startswith(PREFIX)} | dict(variables)
 
 
+async def keep(url: str, vectors: bytes, alias: str, *, by: str) -> None:
+    """Put a vector set into a store and point an alias to it. Raises SteeringError."""
+    async with opened_store(url) as store:
+        vector_id = await store.put_vectors(vectors)
+        await activate(store, alias, vector_id, by=by, reason="set up with the vectors at hand")
+
+
 def prepare(cache: Path) -> Mapping[str, str]:
     """Build or check the model, keep and activate its vectors; return the server's variables.
 
@@ -52,12 +61,8 @@ def prepare(cache: Path) -> Mapping[str, str]:
     cache.mkdir(parents=True, exist_ok=True)
     model = assemble(cache / "demo-model")
     url = f"sqlite:///{(cache / 'demo.db').absolute()}"
-    store = open_store(url)
-    try:
-        vectors = (resources.files("steering.demo") / "vectors.safetensors").read_bytes()
-        store.set_alias(ALIAS, store.put_vectors(vectors))
-    finally:
-        store.close()
+    vectors = (resources.files("steering.demo") / "vectors.safetensors").read_bytes()
+    asyncio.run(keep(url, vectors, ALIAS, by="deshift demo"))
     chosen = recommended()
     return {
         "DESHIFT_CACHE": str(cache.absolute()),

@@ -1,12 +1,14 @@
 """`deshift extract`, from a checkpoint to an alias that a server can follow."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from steering.models import load_model
-from steering.stores import open_store
+from steering.stores import opened_store
+from steering.stores.base import aliases
 from steering.vectors import ShiftVectors
 from tests.server.cli.conftest import Deshift
 
@@ -24,10 +26,15 @@ def test_a_model_becomes_a_stored_activated_set_and_a_file(
     vectors = ShiftVectors.load(output)
     assert f"vector set {vectors.id} is in sqlite:///" in result.stdout
     assert "4/4" in result.stderr  # the progress bar
-    store = open_store(f"sqlite:///{tmp_path}/cache/deshift.db")
-    assert store.aliases() == {"default": vectors.id, "spare": vectors.id}
-    assert store.get_vectors(vectors.id).to_bytes() == output.read_bytes()
-    store.close()
+
+    async def check() -> None:
+        async with opened_store(f"sqlite:///{tmp_path}/cache/deshift.db") as store:
+            assert await aliases(store) == {"default": vectors.id, "spare": vectors.id}
+            assert (await store.get_vectors(vectors.id)).to_bytes() == output.read_bytes()
+            entries = [json.loads(record.entry) for record in await store.audit(9)]
+            assert {entry["by"] for entry in entries} == {"deshift extract"}
+
+    asyncio.run(check())
     manifest = vectors.manifest
     assert (manifest.corruption, manifest.image_size) == ("gray", "32x16")
     assert (manifest.anchor_set, manifest.num_anchors) == ("few", 4)
@@ -56,7 +63,8 @@ def test_the_model_may_come_from_the_environment_and_the_answer_may_be_json(
         (("--model", "m", "--batch-size", "0"), 2, "batch-size"),
         (("--model", "./none"), 1, "deshift: ./none: no such directory"),
         (("--model", "m", "--anchors", "none.jsonl"), 1, "deshift: anchor file none.jsonl"),
-        (("--model", "m", "--store", "redis://x"), 1, "sqlite:///path"),
+        (("--model", "m", "--store", "mysql://x"), 1, "sqlite:///path"),
+        (("--model", "m", "--store", "redis://u:pw@127.0.0.1:1"), 1, "store redis://127.0.0.1:1"),
         (("--model", "m", "--dtype", "int4"), 1, "DESHIFT_DTYPE"),
     ],
 )

@@ -1,5 +1,7 @@
 """`deshift vectors`: what an operator reads and switches."""
 
+import asyncio
+import getpass
 import json
 import sqlite3
 from pathlib import Path
@@ -7,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from steering.stores import open_store
+from steering.stores import opened_store
+from steering.stores.base import AuditRecord
+from steering.stores.base import aliases as aliases_of
+from tests.redis_server import PASSWORDS, RedisServer
 from tests.server.cli.conftest import Deshift
 from tests.steering.samples import manifest, shift_vectors
 
@@ -30,12 +35,24 @@ def filled(deshift: Deshift, tmp_path: Path) -> Deshift:
     return deshift
 
 
-def aliases(tmp_path: Path) -> dict[str, str]:
-    store = open_store(f"sqlite:///{tmp_path}/cache/deshift.db")
-    try:
-        return store.aliases()
-    finally:
-        store.close()
+def in_cache(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/cache/deshift.db"
+
+
+def aliases(url: str) -> dict[str, str]:
+    async def read() -> dict[str, str]:
+        async with opened_store(url) as store:
+            return await aliases_of(store)
+
+    return asyncio.run(read())
+
+
+def audit(url: str) -> list[AuditRecord]:
+    async def read() -> list[AuditRecord]:
+        async with opened_store(url) as store:
+            return await store.audit(100)
+
+    return asyncio.run(read())
 
 
 def test_an_empty_store_says_what_to_do(deshift: Deshift) -> None:
@@ -96,9 +113,9 @@ def test_show_as_json_has_the_same_numbers(filled: Deshift) -> None:
 def test_activate_moves_the_alias_and_says_what_it_was(filled: Deshift, tmp_path: Path) -> None:
     result = filled("vectors", "activate", TWO.id[:12])
     assert result.stdout == f"alias default points to {TWO.id}, was {ONE.id}\n"
-    assert aliases(tmp_path) == {"default": TWO.id}
+    assert aliases(in_cache(tmp_path)) == {"default": TWO.id}
     filled("vectors", "activate", ONE.id, "--alias", "spare")
-    assert aliases(tmp_path) == {"default": TWO.id, "spare": ONE.id}
+    assert aliases(in_cache(tmp_path)) == {"default": TWO.id, "spare": ONE.id}
 
 
 def test_activating_an_unknown_or_damaged_set_leaves_the_last_good_one(
@@ -113,7 +130,57 @@ def test_activating_an_unknown_or_damaged_set_leaves_the_last_good_one(
     connection.close()
     damaged = filled("vectors", "activate", TWO.id)
     assert (damaged.exit_code, TWO.id[:12] in damaged.stderr) == (1, True)
-    assert aliases(tmp_path) == {"default": ONE.id}
+    assert aliases(in_cache(tmp_path)) == {"default": ONE.id}
+
+
+def test_every_move_of_an_alias_is_in_the_audit_with_person_and_reason(
+    filled: Deshift, tmp_path: Path
+) -> None:
+    filled("vectors", "activate", TWO.id, "--reason", "ONE babbles")
+    newest, first = (json.loads(record.entry) for record in audit(in_cache(tmp_path)))
+    assert (newest["by"], newest["reason"]) == (getpass.getuser(), "ONE babbles")
+    assert newest["changes"] == [
+        {"key": "alias/default", "before": {"vector": ONE.id}, "after": {"vector": TWO.id}}
+    ]
+    assert (first["by"], first["reason"]) == (getpass.getuser(), "activated by command line")
+    assert filled("vectors", "activate", ONE.id, "--reason", " ").exit_code == 1
+
+
+def test_push_copies_a_set_to_another_store_byte_for_byte(
+    filled: Deshift, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    url = redis_server.url()
+    result = filled("vectors", "push", "default", "--to", url, "--alias", "live")
+    shown = f"redis://127.0.0.1:{redis_server.port}/0"
+    assert result.stdout == f"vector set {ONE.id} is in {shown}\nalias live points to it\n"
+    assert PASSWORDS["deshift-operator"] not in result.stdout + result.stderr
+    assert aliases(url) == {"live": ONE.id}
+    back = f"sqlite:///{tmp_path}/other.db"
+    result = filled("vectors", "push", "live", "--store", url, "--to", back)
+    assert result.stdout == f"vector set {ONE.id} is in {back}\n"
+    listed = json.loads(filled("vectors", "list", "--store", back, "--json").stdout)
+    assert [(each["id"], each["aliases"]) for each in listed] == [(ONE.id, [])]
+
+
+def test_a_push_with_credentials_that_may_only_read_says_so_in_one_line(
+    filled: Deshift, redis_server: RedisServer
+) -> None:
+    result = filled("vectors", "push", "default", "--to", redis_server.url("deshift-server"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"127.0.0.1:{redis_server.port}" in result.stderr and "permission" in result.stderr
+    assert PASSWORDS["deshift-server"] not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_damaged_set_is_not_pushed(filled: Deshift, tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "cache" / "deshift.db")
+    connection.execute("update vectors set data = x'00' where id = ?", (ONE.id,))
+    connection.commit()
+    connection.close()
+    other = f"sqlite:///{tmp_path}/other.db"
+    result = filled("vectors", "push", "default", "--to", other)
+    assert (result.exit_code, ONE.id[:12] in result.stderr) == (1, True)
+    assert json.loads(filled("vectors", "list", "--store", other, "--json").stdout) == []
 
 
 def test_adding_a_damaged_file_is_refused_with_its_path(deshift: Deshift, tmp_path: Path) -> None:
