@@ -28,6 +28,7 @@ from steering.errors import PlanError
 from steering.plan import Mode, Schedule
 
 PREFIX = "DESHIFT_"
+ADMIN_KEY = "DESHIFT_ADMIN_KEY"  # of commands that talk to an admin listener; no setting
 ClientOverride = Literal["none", "strengthen", "any"]
 MIB = 1024 * 1024
 MIN_ADMIN_KEY_LEN = 16
@@ -188,7 +189,7 @@ class Settings(BaseModel):
         """
         values: dict[str, object] = {}
         for variable, value in environ.items():
-            if not variable.startswith(PREFIX):
+            if not variable.startswith(PREFIX) or variable == ADMIN_KEY:
                 continue
             name = variable.removeprefix(PREFIX).lower()
             if name not in cls.model_fields:

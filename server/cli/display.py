@@ -32,10 +32,10 @@ def cell(value: object, style: str = "") -> Text:
 
 
 def table(*headings: str) -> Table:
-    """Of cells that wrap rather than lose their ends."""
+    """Of cells that wrap rather than lose their ends, under headings that do not."""
     made = Table()
     for heading in headings:
-        made.add_column(heading, overflow="fold")
+        made.add_column(heading, overflow="fold", min_width=len(heading))
     return made
 
 
@@ -75,6 +75,8 @@ def change_lines(change: DocumentChange) -> list[str]:
     before, after = (empty if each is None else each for each in (change.before, change.after))
     if before is None or after is None:
         return [f"{change.key}: {'created' if before is None else 'deleted'}"]
+    if not isinstance(before, dict) or not isinstance(after, dict):  # it was damaged
+        return [f"{change.key}: replaced"]
     lines = differences(before, after) or ["written again"]
     return [f"{change.key}: {line}" for line in lines]
 

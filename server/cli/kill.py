@@ -17,12 +17,15 @@ from server.cli.options import JsonOption, console, print_json
 from server.cli.remote_kill import admin_key, checked_urls, set_on_replicas
 from server.control import Control
 from server.documents import KillAction
+from steering.errors import ConflictError, ReadOnlyError, StoreError
 
 MEANING: dict[KillAction, str] = {
     "none": "every tenant's own policy is in force",
     "unsteered": "nobody is steered: pictures are answered without protection",
     "reject": "every request with a picture is refused",
 }
+
+_WITHOUT_STORE = "deshift kill ACTION --reason TEXT --replica http://HOST:8001, for each replica"
 
 
 def kill(
@@ -75,7 +78,12 @@ def kill(
         before = (await control.state()).kill
         return before, await control.set_kill(action, who, revision)
 
-    before, done = operate(store, change)
+    try:
+        before, done = operate(store, change)
+    except (ConflictError, ReadOnlyError):
+        raise
+    except StoreError as error:
+        raise StoreError(f"{error}; without the store: {_WITHOUT_STORE}") from None
     if as_json:
         print_json({"before": before, "kill": action, "revision": done})
         return

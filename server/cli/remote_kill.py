@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import httpx
 import typer
 
+from server.config import ADMIN_KEY
 from server.documents import KillAction
 from server.errors import ConfigError, InvalidRequestError
 
-KEY_VARIABLE = "DESHIFT_ADMIN_KEY"
 PATH = "/admin/v1/kill"
 TIMEOUT_S = 5.0
 MAX_MESSAGE_LEN = 300
@@ -21,13 +21,13 @@ MAX_MESSAGE_LEN = 300
 def admin_key(from_env: bool) -> str:
     """From the environment, or typed unseen. Raises ConfigError, which never shows it."""
     if from_env:
-        key = os.environ.get(KEY_VARIABLE, "")
+        key = os.environ.get(ADMIN_KEY, "")
     elif sys.stdin.isatty():
         key = typer.prompt("admin key", hide_input=True, err=True)
     else:
-        raise ConfigError(f"no admin key: give --admin-key-from-env and set {KEY_VARIABLE}")
+        raise ConfigError(f"no admin key: give --admin-key-from-env and set {ADMIN_KEY}")
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        where = KEY_VARIABLE if from_env else "the admin key"
+        where = ADMIN_KEY if from_env else "the admin key"
         raise ConfigError(f"{where} must be printable ASCII without spaces, and not empty")
     return key
 

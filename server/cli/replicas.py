@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import typer
 from rich.text import Text
 
 from server.cli.control import AdminStoreOption, operate
@@ -12,11 +11,15 @@ from server.cli.options import JsonOption, console, print_json
 from server.control import Control
 from steering.stores.base import Changes
 
-_SHORT_ID_LEN = 12
+_SHORT_ID_LEN = 8
+_KILL_WIDTH = len("here: reject")
 
 
 def replicas(store: AdminStoreOption = None, as_json: JsonOption = False) -> None:
-    """Show every replica's revision, state of the store, kill switch, vectors and problems."""
+    """Show what each replica has in force: revision, kill switch, vectors, problems.
+
+    behind: commits of the store that it does not have yet; age: of what it last read of the store.
+    """
 
     async def read(control: Control) -> tuple[Changes, dict[str, str]]:
         return await control.store.changes(), await control.store.replicas()
@@ -24,21 +27,25 @@ def replicas(store: AdminStoreOption = None, as_json: JsonOption = False) -> Non
     newest, texts = operate(store, read)
     fleet = {name: _status(texts[name]) for name in sorted(texts)}
     if as_json:
-        rows = [
-            {"name": name, "behind": _behind(status, newest), **status}
+        told = [
+            {**status, "replica": name, "behind": _behind(status, newest)}
             for name, status in fleet.items()
         ]
-        print_json({"revision": newest.revision, "epoch": newest.epoch, "replicas": rows})
+        print_json({"revision": newest.revision, "epoch": newest.epoch, "replicas": told})
         return
     if not fleet:
         console().print("no replica has told this store of itself lately")
         return
-    headings = "replica", "revision", "behind by", "age", "store", "kill", "vectors", "problems"
-    shown = table(*headings)
+    rows = table("replica", "revision", "behind", "age", "store", "kill", "vectors")
+    rows.columns[5].min_width = _KILL_WIDTH
     for name, status in fleet.items():
-        shown.add_row(cell(name), *_row(status, newest))
-    console().print(shown)
-    typer.echo(f"the store is at revision {newest.revision}", err=True)
+        rows.add_row(cell(name), *_row(status, newest))
+    printer = console()
+    printer.print(rows)
+    printer.print(f"the store is at revision {newest.revision}")
+    for name, status in fleet.items():
+        for problem in _problems(status):
+            printer.print(cell(f"{name}: {problem}", "red"))
 
 
 def _status(text: str) -> dict[str, Any]:
@@ -63,23 +70,23 @@ def _behind(status: dict[str, Any], newest: Changes) -> int | str | None:
 def _row(status: dict[str, Any], newest: Changes) -> list[Text]:
     behind = _behind(status, newest)
     age = status.get("age_s")
-    problems = _problems(status)
     return [
         cell(_or_unknown(status.get("revision"))),
         cell(_or_unknown(behind), "" if behind in (0, None) else "yellow"),
         cell(lasting(age) if isinstance(age, int | float) else "?"),
-        cell(_or_unknown(status.get("store"))),
+        cell(_or_unknown(status.get("store")), "" if status.get("store") == "ok" else "yellow"),
         cell(_kill(status), "" if _kill(status) in ("none", "?") else "bold red"),
         cell(_vectors(status.get("vectors"))),
-        cell("\n".join(problems), "red"),
     ]
 
 
 def _problems(status: dict[str, Any]) -> list[str]:
     several = status.get("problems") or []
     found = [str(each) for each in several] if isinstance(several, list) else [str(several)]
-    one = status.get("problem")
-    return [str(one), *found] if one and str(one) not in found else found
+    number, one = status.get("num_problems"), status.get("problem")
+    if isinstance(number, int) and number > len(found):
+        found.append(f"and {number - len(found)} more problems; its /ready tells")
+    return [str(one), *found] if one else found
 
 
 def _kill(status: dict[str, Any]) -> str:
