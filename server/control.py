@@ -8,7 +8,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -193,19 +193,32 @@ class Control:
         return await self._commit("tenant.delete", writes, keys, author)
 
     async def create_key(
-        self, tenant: str, key_id: str, author: Author, expires_in_s: float | None = None
+        self,
+        tenant: str,
+        key_id: str,
+        author: Author,
+        expires_in_s: float | None = None,
+        expected: int | None = None,
     ) -> NewKey:
-        """Raises NoSuchTenantError, ExistsError."""
+        """expected: keys_revision, as in `set_policy`. Raises NoSuchTenantError, ExistsError."""
         held = await self.tenant(tenant)
+        _check_revision(f"the list of keys of {tenant!r}", expected, held.keys_revision)
         text, record = self._new_key(key_id, expires_in_s)
         revision = await self._set_keys("key.create", held, _with_new(held, record), author)
         return NewKey(text, record, revision)
 
     async def rotate_key(
-        self, tenant: str, key_id: str, new_id: str, author: Author, overlap_s: float
+        self,
+        tenant: str,
+        key_id: str,
+        new_id: str,
+        author: Author,
+        overlap_s: float,
+        expected: int | None = None,
     ) -> NewKey:
         """A new key; the old one is good for `overlap_s` seconds more. Raises NoSuchTenantError."""
         held = await self.tenant(tenant)
+        _check_revision(f"the list of keys of {tenant!r}", expected, held.keys_revision)
         text, record = self._new_key(new_id, None)
         keys = _with_new(held, record)
         revision = await self._set_keys(
@@ -213,9 +226,12 @@ class Control:
         )
         return NewKey(text, record, revision)
 
-    async def revoke_key(self, tenant: str, key_id: str, author: Author) -> int:
-        """From now on. Raises NoSuchTenantError."""
+    async def revoke_key(
+        self, tenant: str, key_id: str, author: Author, expected: int | None = None
+    ) -> int:
+        """From now on; one whose time is over is no change. Raises NoSuchTenantError."""
         held = await self.tenant(tenant)
+        _check_revision(f"the list of keys of {tenant!r}", expected, held.keys_revision)
         keys = self._ending(tenant, held.keys, key_id, 0.0)
         return await self._set_keys("key.revoke", held, keys, author)
 
@@ -285,6 +301,22 @@ class Control:
             expected[change.key] = 0 if change.after is None else revision
         return await self._commit("revert", writes, expected, author, reverts=revision)
 
+    async def adopt(self, writes: Mapping[str, str | None], author: Author) -> int:
+        """Let the store's documents succeed those in force; `writes`: Sync.adoption."""
+        return await self._commit_texts("store.adopt", writes, {}, author)
+
+    async def restore(
+        self,
+        writes: Mapping[str, str | None],
+        expected: Mapping[str, int],
+        vectors: Iterable[bytes],
+        author: Author,
+    ) -> int:
+        """Make the store say again what a replica has in force: Sync.restoration."""
+        for data in vectors:
+            await self.store.put_vectors(data)
+        return await self._commit_texts("store.restore", writes, expected, author)
+
     def _new_key(self, key_id: str, expires_in_s: float | None) -> tuple[str, KeyRecord]:
         _checked(key_id, "key")
         if expires_in_s is not None and not expires_in_s > 0:
@@ -318,6 +350,8 @@ class Control:
         """Only while the tenant exists: its policy's revision is checked, too."""
         if len(keys) > MAX_KEYS:
             raise InvalidRequestError(f"a tenant has at most {MAX_KEYS} keys")
+        if keys == held.keys:
+            return held.keys_revision
         document = KeysDocument(keys=keys)
         key = KEYS_PREFIX + held.name
         expected = {key: held.keys_revision, TENANT_PREFIX + held.name: held.revision}
@@ -331,8 +365,18 @@ class Control:
         author: Author,
         **more: Any,
     ) -> int:
-        held = await self.store.get(list(writes))
         texts = {key: None if each is None else text_of(each) for key, each in writes.items()}
+        return await self._commit_texts(action, texts, expected, author, **more)
+
+    async def _commit_texts(
+        self,
+        action: str,
+        texts: Mapping[str, str | None],
+        expected: Mapping[str, int],
+        author: Author,
+        **more: Any,
+    ) -> int:
+        held = await self.store.get(list(texts))
         entry = {
             "by": author.by,
             "via": author.via,
@@ -341,8 +385,8 @@ class Control:
             "changes": [
                 {
                     "key": key,
-                    "before": plain(held[key].value) if key in held else None,
-                    "after": plain(text),
+                    "before": _shown(held[key].value) if key in held else None,
+                    "after": _shown(text),
                 }
                 for key, text in texts.items()
             ],
@@ -359,6 +403,14 @@ async def activate(store: Store, alias: str, vector_id: str, *, by: str, reason:
 def key_digest(text: str) -> str:
     """What is kept of a key. A plain hash will do: keys are random and long."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shown(text: str | None) -> Any:
+    """A damaged document, which is being replaced, as it is."""
+    try:
+        return plain(text)
+    except ValueError:
+        return text
 
 
 def _with_new(held: TenantState, record: KeyRecord) -> tuple[KeyRecord, ...]:

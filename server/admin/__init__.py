@@ -1,0 +1,1 @@
+"""The operators' side of the server, on a listener of its own with credentials of its own."""

@@ -1,0 +1,51 @@
+"""The kill switch: the fleet's, in the store, and this replica's own, which needs no store."""
+
+import logging
+
+from fastapi import APIRouter, Request
+
+from server.admin.guards import CurrentOperator, author
+from server.admin.protocol import FleetKill, KillPut, KillView
+from server.errors import InvalidRequestError
+from server.services import Services, services_of
+from steering.errors import StoreError
+
+log = logging.getLogger("deshift.admin")
+router = APIRouter(tags=["kill switch"])
+
+
+@router.get("/kill")
+async def show_kill(request: Request) -> KillView:
+    return await kill_view(services_of(request))
+
+
+@router.put("/kill")
+async def put_kill(request: Request, operator: CurrentOperator, body: KillPut) -> KillView:
+    """Overrides every tenant's policy without losing it; `none` gives them back."""
+    services = services_of(request)
+    written = author(operator, body.reason)
+    if body.scope == "fleet":
+        await services.control.set_kill(body.action, written, body.revision)
+    elif body.revision is not None:
+        raise InvalidRequestError("a replica's own switch has no revision", param="revision")
+    else:
+        services.directory.local_kill = body.action
+        log.warning(
+            "kill switch of this replica: %s, by %s via %s: %a",
+            body.action,
+            written.by,
+            written.via,
+            written.reason,
+        )
+    return await kill_view(services)
+
+
+async def kill_view(services: Services) -> KillView:
+    """Never raises for want of the store: the switch is for bad days."""
+    replica = services.directory.local_kill
+    try:
+        state = await services.control.state()
+    except StoreError as error:
+        return KillView(fleet=None, replica=replica, problem=str(error))
+    fleet = FleetKill(action=state.kill, revision=state.kill_revision)
+    return KillView(fleet=fleet, replica=replica)
