@@ -18,6 +18,7 @@ from torch import Tensor
 from server.engine.batch import Batch, Output
 from server.engine.engine import EmbeddedEngine, EngineConfig
 from server.engine.fused import can_fuse
+from server.engine.stepper import Stepper
 from server.engine.types import (
     ChoiceFinished,
     EngineEvent,
@@ -106,6 +107,11 @@ class EngineUnderTest:
     tiny: TinyModel
     engine: EmbeddedEngine
 
+    @property
+    def stepper(self) -> Stepper:
+        assert self.engine._stepper is not None, "the engine has not started"
+        return self.engine._stepper
+
     def inputs(
         self, prompt: Any, images: Sequence[Image.Image] = (), corruption: Any = None
     ) -> EngineInputs:
@@ -155,7 +161,7 @@ class EngineUnderTest:
     @contextmanager
     def before_each_pass(self, act: Callable[[Batch], None]) -> Iterator[None]:
         """Call `act` with what each pass is about to run."""
-        decoder = self.engine._runner._decoder
+        decoder = self.stepper._runner._decoder
         run = decoder.run
 
         def act_and_run(batch: Batch) -> Output:
