@@ -24,7 +24,7 @@ from server.engine.types import EngineError
 from server.errors import ConfigError, ServerError, error_response
 from server.heartbeat import Heartbeat, replica_name, replica_status
 from server.media import MediaLimits
-from server.middleware import Auth, BodyLimit, LoopbackHost, RequestContext
+from server.middleware import Auth, BodyLimit, LoopbackHost, RateLimits, RequestContext
 from server.policy import default_fields
 from server.routes import chat, models, status
 from server.services import BodyBudget, Services
@@ -78,6 +78,7 @@ def create_app(
     app.add_middleware(  # innermost
         BodyLimit, max_bytes=settings.max_body_bytes, budget=services.bodies
     )
+    app.add_middleware(RateLimits, directory=services.directory, limits=services.limits)
     app.add_middleware(Auth, settings=settings, directory=services.directory)
     if settings.api_key is None:
         app.add_middleware(LoopbackHost)  # Settings let nothing but loopback do without a key
@@ -170,7 +171,7 @@ async def following(services: Services) -> AsyncIterator[None]:
     """Keep in step with the store; wait a little for the first documents and their vectors."""
     tasks = [
         asyncio.create_task(each.run(), name=type(each).__name__)
-        for each in (services.vectors, services.sync, services.heartbeat)
+        for each in (services.sync, services.heartbeat)
     ]
     try:
         with suppress(TimeoutError):
@@ -187,6 +188,7 @@ async def following(services: Services) -> AsyncIterator[None]:
         ):
             if isinstance(end, Exception):
                 log.error("%s ended", task.get_name(), exc_info=end)
+        await services.vectors.close()
 
 
 async def drain(services: Services, timeout_s: float | None = None) -> None:

@@ -227,12 +227,10 @@ class RateLimits:
     A request runs until its answer's last byte, or until it fails or its client leaves.
     """
 
-    def __init__(
-        self, app: ASGIApp, directory: TenantDirectory, limits: TenantLimits | None = None
-    ) -> None:
+    def __init__(self, app: ASGIApp, directory: TenantDirectory, limits: TenantLimits) -> None:
         self._app = app
         self._directory = directory
-        self._limits = limits or TenantLimits()
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["method"], scope["path"]) != LIMITED:

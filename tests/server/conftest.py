@@ -4,10 +4,10 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from fastapi import FastAPI
@@ -15,10 +15,15 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.config import Settings
+from server.control import Control
+from server.directory import TenantDirectory
+from server.documents import PolicyFields
 from server.serve import DrainingServer, listening_socket
 from server.services import Services
 from steering.stores import MemoryStore, Store
-from tests.server.fakes import FakeEngine, make_vectors
+from tests.server.fakes import AUTHOR, FakeEngine, publish
+
+T = TypeVar("T")
 
 
 def make_settings(**changes: Any) -> Settings:
@@ -41,11 +46,59 @@ def fake_engine() -> FakeEngine:
 
 
 @pytest.fixture
-def store() -> Store:
-    """In memory, with one vector set under the alias `default`."""
+def store() -> MemoryStore:
+    """In memory, with one vector set under the alias `default`, and no tenants."""
     memory = MemoryStore()
-    memory.set_alias("default", memory.put_vectors(make_vectors().to_bytes()))
+    asyncio.run(publish(memory))
     return memory
+
+
+class Tenants:
+    """Tenants of a started client's server, made as operators make them, in force at once."""
+
+    def __init__(self, client: TestClient, store: Store) -> None:
+        services: Services = client.app.state.services  # type: ignore[attr-defined]
+        self.directory: TenantDirectory = services.directory
+        self._client = client
+        self._store = store
+        self._control = Control(store)
+
+    def create(self, name: str = "acme", **policy: Any) -> str:
+        """Returns the tenant's key, whose id is `first`."""
+        fields = PolicyFields(**{"alpha": 0.5} | policy)
+        self.do(lambda control: control.create_tenant(name, fields, AUTHOR))
+        return self.do(lambda control: control.create_key(name, "first", AUTHOR)).text
+
+    def set_policy(self, name: str = "acme", **policy: Any) -> int:
+        """Returns the revision."""
+        fields = PolicyFields(**{"alpha": 0.5} | policy)
+        return self.do(lambda control: control.set_policy(name, fields, None, AUTHOR))
+
+    def write(self, key: str, text: str | None) -> int:
+        """A document as nothing of ours would write it."""
+        return self.do(lambda _: self._store.commit({key: text}, {}, "{}"))
+
+    def do(self, change: Callable[[Control], Awaitable[T]]) -> T:
+        """On the server's event loop."""
+
+        async def change_and_follow() -> T:
+            result = await change(self._control)
+            self.directory.apply(await self._store.changes(), is_whole=True)
+            return result
+
+        assert self._client.portal is not None, "the client has been started"
+        return self._client.portal.call(change_and_follow)
+
+
+@pytest.fixture
+def tenants_of(store: MemoryStore) -> Callable[[TestClient], Tenants]:
+    return lambda client: Tenants(client, store)
+
+
+@pytest.fixture
+def tenants(client: TestClient, store: MemoryStore) -> Tenants:
+    """Of `client`'s server."""
+    return Tenants(client, store)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from server.control import Author, activate
 from server.engine.types import (
     ChoiceFinished,
     EngineError,
@@ -31,6 +32,7 @@ from server.engine.types import (
 )
 from steering.corruption import Corruption
 from steering.models import ModelIdentity
+from steering.stores.base import Store
 from steering.vectors import Manifest, ShiftVectors
 
 NUM_LAYERS, HIDDEN_SIZE = 3, 4
@@ -40,6 +42,7 @@ TIMINGS = RequestTimings(
 SHIFT_S = 0.002  # what measuring a request's own shift takes
 SAMPLE_DOSE = 0.125  # and the dose that it comes to
 CACHED_TOKENS = 1  # of every prompt
+AUTHOR = Author("ann", "to be tested", "command")
 Step = EngineEvent | threading.Event
 Script = Callable[[EngineRequest], Iterable[Step]]
 
@@ -223,6 +226,16 @@ def make_vectors(length: float = 0.5, identity: ModelIdentity | None = None) -> 
         hidden_norm=torch.full((identity.num_layers,), 10.0),
         consistency=torch.ones(identity.num_layers),
     )
+
+
+async def publish(
+    store: Store, length: float = 0.5, alias: str = "default", **identity: Any
+) -> str:
+    """Keep a set of `make_vectors` and put it in force under an alias; returns its id."""
+    vectors = make_vectors(length, make_identity(**identity))
+    await store.put_vectors(vectors.to_bytes())
+    await activate(store, alias, vectors.id, by="the tests", reason="to be tested")
+    return vectors.id
 
 
 def image_bytes(

@@ -65,7 +65,7 @@ def test_a_picture_goes_in_and_a_steered_answer_comes_out(real: TestClient) -> N
     assert whole.json()["choices"][0]["finish_reason"] == "length"
     # This server is on loopback without a key: a newcomer may try alpha by hand.
     off = real.post(PATH, json=body | {"steering": {"alpha": 0}})
-    assert off.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero"
+    assert off.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero; revision=0"
     assert real.post(PATH, json=body | {"stream": True}).text.endswith("data: [DONE]\n\n")
 
 

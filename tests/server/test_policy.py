@@ -5,9 +5,16 @@ from typing import Any
 
 import pytest
 
-from server.errors import InvalidRequestError, OverrideForbiddenError, UnavailableError
-from server.policy import Override, Policy, decide
+from server.documents import PolicyFields
+from server.errors import (
+    ConfigError,
+    InvalidRequestError,
+    OverrideForbiddenError,
+    UnavailableError,
+)
+from server.policy import Override, Policy, decide, default_fields
 from steering.plan import Schedule, SteeringPlan
+from tests.server.conftest import make_settings
 
 ALL = Schedule()
 INCREMENTAL = Schedule("incremental")
@@ -19,19 +26,7 @@ class Vectors:
 
 
 def make_policy(**changes: Any) -> Policy:
-    policy = Policy(
-        mode="dataset",
-        alpha=0.8,
-        schedule=ALL,
-        vector_alias="default",
-        corruption="blank",
-        on_error="reject",
-        client_override="none",
-        alpha_max=2.0,
-        max_relative_dose=1.0,
-        revision=7,
-    )
-    return replace(policy, **changes)
+    return replace(Policy.of(PolicyFields(alpha=0.8), revision=7), **changes)
 
 
 def test_the_policy_alone_makes_the_plan() -> None:
@@ -227,3 +222,130 @@ def test_vectors_are_needed_where_requests_would_be_refused_without() -> None:
     assert not make_policy(alpha=0.0).needs_vectors
     assert not make_policy(mode="off").needs_vectors
     assert not sample_policy().needs_vectors
+
+
+@pytest.mark.parametrize("client_override", ["none", "strengthen"])
+@pytest.mark.parametrize("kill", ["none", "unsteered", "reject"])
+@pytest.mark.parametrize("rollout", [0.0, 100.0])
+@pytest.mark.parametrize("vectors", [None, Vectors()])
+@pytest.mark.parametrize(
+    "override",
+    [Override(alpha=0.0), Override("off"), Override(alpha=0.1), Override("off", alpha=9.0)],
+)
+def test_a_wish_for_less_is_a_403_whatever_the_rest(
+    client_override: Any, kill: Any, rollout: float, vectors: Vectors | None, override: Override
+) -> None:
+    policy = make_policy(client_override=client_override, rollout=rollout)
+    for has_images in (True, False):
+        with pytest.raises(OverrideForbiddenError):
+            decide(policy, override, has_images, vectors, kill=kill, unit="u")
+
+
+def test_under_none_an_alpha_out_of_bounds_is_forbidden_before_it_is_out_of_bounds() -> None:
+    with pytest.raises(OverrideForbiddenError):
+        decide(make_policy(), Override(alpha=9.0), True, Vectors())
+
+
+def test_strengthen_may_begin_at_zero_but_not_where_the_mode_is_off() -> None:
+    zero = make_policy(alpha=0.0, client_override="strengthen")
+    assert decide(zero, Override(alpha=0.5), True, Vectors()).alpha == 0.5
+    off = make_policy(mode="off", client_override="strengthen")
+    assert decide(off, Override(alpha=2.0), True, Vectors()).reason == "disabled"
+    with pytest.raises(OverrideForbiddenError):
+        decide(off, Override("dataset", 2.0), True, Vectors())
+
+
+def test_every_field_of_a_tenants_policy_that_steers_reaches_the_plan() -> None:
+    fields = PolicyFields(
+        mode="sample",
+        alpha=0.3,
+        schedule="range:1-2",
+        corruption="gray",
+        max_relative_dose=0.4,
+        requests_per_minute=5,
+        concurrency=6,
+    )
+    policy = Policy.of(fields, revision=12, tenant="acme")
+    assert (policy.tenant, policy.requests_per_minute, policy.concurrency) == ("acme", 5, 6)
+    assert decide(policy, None, True, None) == SteeringPlan(
+        mode="sample",
+        alpha=0.3,
+        schedule=Schedule.parse("range:1-2"),
+        corruption="gray",
+        max_relative_dose=0.4,
+        revision=12,
+        reason=None,
+    )
+
+
+def test_the_settings_are_the_default_policy() -> None:
+    settings = make_settings(
+        steering_mode="sample",
+        alpha=0.3,
+        alpha_max=0.9,
+        schedule="single:1",
+        vector_alias="other",
+        corruption="noise",
+        on_error="serve-unsteered",
+        client_override="strengthen",
+        max_relative_dose=0.7,
+    )
+    assert default_fields(settings) == PolicyFields(
+        mode="sample",
+        alpha=0.3,
+        alpha_max=0.9,
+        schedule="single:1",
+        vector_alias="other",
+        corruption="noise",
+        on_error="serve-unsteered",
+        client_override="strengthen",
+        max_relative_dose=0.7,
+    )
+    with pytest.raises(ConfigError, match="vector_alias"):
+        default_fields(make_settings(vector_alias="no name"))
+
+
+# ------------------------------------------------------------------------- kill switch and rollout
+
+
+@pytest.mark.parametrize("policy", [make_policy(), sample_policy(), make_policy(mode="off")])
+def test_the_kill_switch_reject_refuses_pictures_and_serves_text(policy: Policy) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        decide(policy, None, True, Vectors(), kill="reject")
+    assert caught.value.code == "steering_killed"
+    assert not decide(policy, None, False, Vectors(), kill="reject").is_active
+
+
+@pytest.mark.parametrize("vectors", [None, Vectors()])
+def test_the_kill_switch_unsteered_steers_nobody_and_says_so(vectors: Vectors | None) -> None:
+    plan = decide(make_policy(), None, True, vectors, kill="unsteered")
+    assert plan == SteeringPlan(revision=7, reason="kill-switch")
+    assert decide(make_policy(), None, False, vectors, kill="unsteered").reason == "text-only"
+    wish = make_policy(client_override="any", mode="off")
+    killed = decide(wish, Override("dataset"), True, vectors, kill="unsteered")
+    assert killed.reason == "kill-switch"
+
+
+def rolled_out(policy: Policy, num_units: int = 1000) -> set[int]:
+    units = range(num_units)
+    plans = {n: decide(policy, None, True, Vectors(), unit=f"user-{n}") for n in units}
+    assert {plan.reason for plan in plans.values()} <= {None, "rollout"}
+    assert {plan.revision for plan in plans.values()} == {7}
+    return {number for number, plan in plans.items() if plan.is_active}
+
+
+def test_a_rollout_takes_its_share_keeps_it_and_grows_around_it() -> None:
+    some = rolled_out(make_policy(rollout=20.0))
+    assert 160 <= len(some) <= 240, "3 standard deviations"
+    assert some == rolled_out(make_policy(rollout=20.0)), "sticky"
+    more = rolled_out(make_policy(rollout=60.0))
+    assert some < more, "nobody leaves when it grows"
+    assert rolled_out(make_policy(rollout=0.0)) == set()
+    assert rolled_out(make_policy(rollout=100.0)) == set(range(1000))
+    other = rolled_out(make_policy(rollout=20.0, tenant="other"))
+    assert len(some & other) < 80, "each tenant tries on others of its users"
+
+
+def test_outside_a_rollout_no_vectors_are_needed_and_no_wish_gets_in() -> None:
+    policy = make_policy(rollout=0.0, client_override="strengthen")
+    assert decide(policy, Override(alpha=2.0), True, None, unit="u").reason == "rollout"

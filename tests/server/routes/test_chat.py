@@ -63,7 +63,7 @@ def test_a_text_prompt_is_never_steered_and_the_answer_says_so(
     client: TestClient, fake_engine: FakeEngine
 ) -> None:
     response = client.post(PATH, json=chat_body("Hi"))
-    assert response.headers["x-deshift-steering"] == "mode=off; reason=text-only"
+    assert response.headers["x-deshift-steering"] == "mode=off; reason=text-only; revision=0"
     assert response.json()["steering"]["reason"] == "text-only"
     assert fake_engine.requests[0].delta is None
 
@@ -397,9 +397,9 @@ def test_where_any_override_is_allowed_alpha_is_the_clients(
     response = client.post(PATH, json=body)
     assert "alpha=1.5; schedule=incremental" in response.headers["x-deshift-steering"]
     off = client.post(PATH, json=chat_body(images=1, steering={"mode": "off"}))
-    assert off.headers["x-deshift-steering"] == "mode=off; reason=disabled"
+    assert off.headers["x-deshift-steering"] == "mode=off; reason=disabled; revision=0"
     zero = client.post(PATH, json=chat_body(images=1, steering={"alpha": 0}))
-    assert zero.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero"
+    assert zero.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero; revision=0"
     assert [request.delta is None for request in fake_engine.requests] == [False, True, True]
     assert fake_engine.corruptions == [None] * 3
 
@@ -460,7 +460,7 @@ def test_without_vectors_an_operator_may_choose_to_serve_unsteered_and_the_answe
 ) -> None:
     client = client_for(vector_alias="missing", on_error="serve-unsteered")
     response = client.post(PATH, json=chat_body(images=1))
-    assert response.headers["x-deshift-steering"] == "mode=off; reason=vectors-unavailable"
+    assert response.headers["x-deshift-steering"] == "mode=off; reason=vectors-unavailable; revision=0"
     assert response.json()["steering"]["reason"] == "vectors-unavailable"
     assert fake_engine.requests[0].delta is None
     ready = client.get("/ready")

@@ -23,7 +23,7 @@ from tests.server.fakes import TIMINGS, FakeEngine, chat_body, plays, says
 PATH = "/v1/chat/completions"
 SAMPLE = {"steering_mode": "sample", "alpha": 0.2, "schedule": "incremental"}
 HEADER = "mode=sample; alpha=0.2; schedule=incremental; corruption=blank; revision=0"
-SHIFT_FAILED = "mode=off; reason=shift-failed"
+SHIFT_FAILED = "mode=off; reason=shift-failed; revision=0"
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_engine_gets_a_pair_and_no_delta_and_the_answer_says_what_came_of_it
     (request,) = fake_engine.requests
     assert fake_engine.corruptions == ["blank"]
     assert request.inputs.pair is not None and request.delta is None
-    assert (request.on_error, request.namespace) == ("reject", "")
+    assert (request.on_error, request.namespace) == ("reject", "default")
     assert (request.plan.mode, request.plan.max_relative_dose) == ("sample", 1.0)
 
 
@@ -198,7 +198,7 @@ def test_under_serve_unsteered_a_shift_that_fails_is_an_answer_that_says_so(
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING][-1:]
     assert response.headers["x-request-id"] in warning and "unsteered" in warning
     assert "secret" not in caplog.text
-    assert "mode=off;reason=shift-failed" in caplog.text, "the request's own line"
+    assert "mode=off;reason=shift-failed;revision=0" in caplog.text, "the request's own line"
     assert ("layer 2 is\\nnot finite" in warning) == (fails_in == "engine"), "on one line"
 
 
