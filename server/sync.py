@@ -119,7 +119,7 @@ class Sync:
         """
         self._check_foreign()
         restoration = self._in_force.restoration(await self._store.changes())
-        sets = {each.id: each for each in self._vectors.held}.values()
+        sets = self._vectors.held
         vectors = await asyncio.to_thread(lambda: tuple(each.to_bytes() for each in sets))
         return replace(restoration, vectors=vectors)
 

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -27,7 +26,7 @@ log = logging.getLogger("deshift.vectors")
 
 LOAD_TIMEOUT_S = 30.0
 # What failed is tried again: bytes may be mended without a change of the alias.
-FIRST_RETRY_S, MAX_RETRY_S = 1.0, 30.0
+FIRST_RETRY_S, MAX_RETRY_S = 1.0, 10.0
 MAX_LOADS = 4  # at once
 MAX_AHEAD = 64  # aliases that no policy uses yet, loaded so that taking one up refuses nobody
 
@@ -41,48 +40,49 @@ class RowSteering:
 
 
 class VectorCatalogue:
-    """Owns the active vector set of each alias; `run` is its one task. Event loop only."""
+    """Owns the active vector set of each alias. Event loop only; `close` ends what it began."""
 
     def __init__(self, store: Store, identity: ModelIdentity, capacity: int = 64) -> None:
         self._store = store
         self._identity = identity
         self._capacity = capacity
         self._rows: OrderedDict[str, RowSteering] = OrderedDict()
-        self._targets: dict[str, str] = {}
+        self._targets: dict[str, str] = {}  # alias to id
         self._in_use: frozenset[str] = frozenset()
-        self._active: dict[str, ShiftVectors] = {}
-        self._problems: dict[str, str] = {}
-        self._unfit: dict[
-            str, str
-        ] = {}  # ids of sets for other models: no use in reading them again
-        self._loads = asyncio.Semaphore(MAX_LOADS)
-        self._woken = asyncio.Event()
+        self._active: dict[str, ShiftVectors] = {}  # by alias
+        self._failures: dict[str, str] = {}  # by id
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by id; done: it will never fit
+        self._trying: set[str] = set()  # ids that have neither come nor failed yet
         self._settled = asyncio.Event()
+        self._loads = asyncio.Semaphore(MAX_LOADS)
 
     def active(self, alias: str) -> ShiftVectors | None:
         """The last good set of an alias. Read it once per request: it is replaced, not changed."""
         return self._active.get(alias)
 
     def problem(self, alias: str) -> str | None:
-        """Why an alias could not be followed at the last look; None when it was."""
-        return self._problems.get(alias)
+        """Why the alias is not followed; None when it is, or its set is just being read."""
+        target = self._targets.get(alias)
+        if target is not None:
+            return self._failures.get(target)
+        return f"the store has no alias {alias!r}: make and activate vectors"
 
     @property
     def problems(self) -> dict[str, str]:
         """By alias, of those that a policy uses."""
-        return {alias: each for alias, each in self._problems.items() if alias in self._in_use}
+        found = {alias: self.problem(alias) for alias in sorted(self._in_use)}
+        return {alias: problem for alias, problem in found.items() if problem is not None}
 
     @property
     def ids(self) -> dict[str, str]:
         """The vector set in force, by alias in use; an alias without one is not there."""
-        return {
-            alias: each.id for alias, each in sorted(self._active.items()) if alias in self._in_use
-        }
+        in_use = sorted(self._active.keys() & self._in_use)
+        return {alias: self._active[alias].id for alias in in_use}
 
     @property
     def held(self) -> list[ShiftVectors]:
-        """Every set that is in force under some alias."""
-        return list(self._active.values())
+        """Every set that is in force under some alias, once."""
+        return list({each.id: each for each in self._active.values()}.values())
 
     def problem_of(self, policy: Policy) -> str | None:
         """What keeps pictures from being steered as a policy says: no vectors, or the dose."""
@@ -91,7 +91,7 @@ class VectorCatalogue:
         alias = policy.vector_alias
         vectors = self._active.get(alias)
         if vectors is None:
-            return self._problems.get(alias, f"no vectors of alias {alias!r} have been read yet")
+            return self.problem(alias) or f"the vectors of alias {alias!r} are being read"
         try:
             self.steering(decide(replace(policy, rollout=100.0), None, True, vectors), vectors)
         except PlanError as error:
@@ -103,49 +103,43 @@ class VectorCatalogue:
         return not policy.needs_vectors or self.problem_of(policy) is None
 
     def follow(self, targets: Mapping[str, str], in_use: frozenset[str]) -> None:
-        """Say which set each alias names now; `run` takes them up, the aliases in use first."""
+        """Say which set each alias names now: those that are not here are read, each by itself.
+
+        Until a set has come, and where it fails, the alias's last good one stays. Sets that no
+        alias in question names any more are let go; a request keeps its own.
+        """
         if targets == self._targets and in_use == self._in_use:
             return
         self._targets, self._in_use = dict(targets), in_use
-        self._settled.clear()
-        self._woken.set()
-
-    async def run(self) -> None:
-        """Take up what `follow` named, and try again what failed, for ever."""
-        delays = backoff(FIRST_RETRY_S, MAX_RETRY_S)
-        while True:
-            self._woken.clear()
-            await self.refresh()
-            if not self._woken.is_set():
-                self._settled.set()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(next(delays) if self._problems else None):
-                    await self._woken.wait()
-                delays = backoff(FIRST_RETRY_S, MAX_RETRY_S)
+        wanted = self._wanted()
+        for alias in in_use - targets.keys():
+            log.warning("vectors: %s", self.problem(alias))
+        ids = list(dict.fromkeys(targets[alias] for alias in wanted if alias in targets))
+        for vector_id in self._tasks.keys() - set(ids):
+            self._tasks.pop(vector_id).cancel()
+            self._failures.pop(vector_id, None)
+        held = {each.id: each for each in self._active.values()}
+        for alias in self._active.keys() - set(wanted):
+            del self._active[alias]
+        for vector_id in ids:
+            if vector_id in held:
+                self._put_in_force(held[vector_id])
+            elif vector_id not in self._tasks:
+                self._trying.add(vector_id)
+                self._tasks[vector_id] = asyncio.create_task(self._obtain(vector_id))
+        self._trying &= self._tasks.keys()
+        self._note_settled()
 
     async def wait_until_settled(self) -> None:
-        """Until each alias that was named has been taken up or has failed once."""
+        """Until each set that was named has come, or has failed once."""
         await self._settled.wait()
 
-    async def refresh(self) -> None:
-        """Take up each alias's set; where that fails its last good one stays, and it is told why.
-
-        Sets that no alias in question names any more are let go; a request keeps its own.
-        """
-        wanted = self._wanted()
-        self._unfit = {k: v for k, v in self._unfit.items() if k in self._targets.values()}
-        for alias in (self._active.keys() | self._problems.keys()) - set(wanted):
-            self._active.pop(alias, None)
-            self._problems.pop(alias, None)
-        aliases_by_id: dict[str, list[str]] = {}
-        for alias in wanted:
-            vector_id = self._targets.get(alias)
-            if vector_id is None:
-                missing = f"the store has no alias {alias!r}: make and activate vectors"
-                self._report(alias, missing)
-            else:
-                aliases_by_id.setdefault(vector_id, []).append(alias)
-        await asyncio.gather(*(self._take_up(*each) for each in aliases_by_id.items()))
+    async def close(self) -> None:
+        """End the reading; what is in force stays."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def steering(self, plan: SteeringPlan, vectors: ShiftVectors | None) -> RowSteering:
         """What `plan`, made with `vectors`, subtracts; cached by fingerprint. Event loop only.
@@ -174,46 +168,65 @@ class VectorCatalogue:
         ahead = sorted(self._targets.keys() - self._in_use)
         return [*sorted(self._in_use), *ahead[:MAX_AHEAD]]
 
-    async def _take_up(self, vector_id: str, aliases: list[str]) -> None:
-        """Put a set in force under the aliases that name it, if they still do when it is there."""
-        held = {each.id: each for each in self._active.values()}
-        problem: str | None = None
+    async def _obtain(self, vector_id: str) -> None:
+        """Read a set until it comes, and put it in force unless it was made for another model."""
+        for delay in backoff(FIRST_RETRY_S, MAX_RETRY_S):
+            vectors, problem = await self._read(vector_id)
+            if vectors is not None:
+                problem = await asyncio.to_thread(_misfit, vectors, self._identity)
+            self._trying.discard(vector_id)
+            if problem is not None:
+                self._fail(vector_id, problem)
+            elif vectors is not None:
+                del self._tasks[vector_id]
+                self._failures.pop(vector_id, None)
+                self._put_in_force(vectors)
+            self._note_settled()
+            if vectors is not None:
+                return
+            await asyncio.sleep(delay)
+
+    async def _read(self, vector_id: str) -> tuple[ShiftVectors | None, str | None]:
+        """A set, or why there is none."""
         try:
-            vectors = held.get(vector_id) or await self._load(vector_id)
+            async with self._loads, asyncio.timeout(LOAD_TIMEOUT_S):
+                return await self._store.get_vectors(vector_id), None
         except TimeoutError:
-            problem = f"vector set {vector_id[:12]} did not come within {LOAD_TIMEOUT_S:g} s"
+            return None, f"vector set {vector_id[:12]} did not come within {LOAD_TIMEOUT_S:g} s"
         except SteeringError as error:
-            problem = str(error)
-        except Exception as error:  # one bad set must not end the task that follows all of them
-            log.exception("loading vectors failed")
-            problem = f"loading vectors failed: {type(error).__name__}"
-        for alias in aliases:
-            if self._targets.get(alias) != vector_id:
+            return None, str(error)
+        except Exception as error:  # else it would never be tried again
+            log.exception("reading vectors failed")
+            return None, f"reading vectors failed: {type(error).__name__}"
+
+    def _put_in_force(self, vectors: ShiftVectors) -> None:
+        for alias in self._wanted():
+            if self._targets.get(alias) != vectors.id or self._active.get(alias) is vectors:
                 continue
-            if problem is None and self._active.get(alias) is not vectors:
-                self._active[alias] = vectors
-                log.info("vectors %s in force (alias %r)", vector_id, alias)
-            self._report(alias, problem)
+            self._active[alias] = vectors
+            log.info("vectors %s in force (alias %r)", vectors.id, alias)
 
-    async def _load(self, vector_id: str) -> ShiftVectors:
-        if vector_id in self._unfit:
-            raise VectorError(self._unfit[vector_id])
-        async with self._loads, asyncio.timeout(LOAD_TIMEOUT_S):
-            vectors = await self._store.get_vectors(vector_id)
-        try:
-            await asyncio.to_thread(vectors.check, self._identity)
-        except VectorError as error:
-            self._unfit[vector_id] = str(error)
-            raise
-        return vectors
+    def _fail(self, vector_id: str, problem: str) -> None:
+        """Log it once, not at every attempt, and only where it matters."""
+        known = self._failures.get(vector_id)
+        self._failures[vector_id] = problem
+        for alias in sorted(self._in_use):
+            if self._targets.get(alias) == vector_id and problem != known:
+                kept = self._active.get(alias)
+                stays = f"; {kept.id} stays in force" if kept else ""
+                log.warning("vectors of alias %r: %s%s", alias, problem, stays)
 
-    def _report(self, alias: str, problem: str | None) -> None:
-        """Log a change of state once, not at every look."""
-        if problem is None:
-            self._problems.pop(alias, None)
-            return
-        if problem != self._problems.get(alias) and alias in self._in_use:
-            kept = self._active.get(alias)
-            stays = f"; {kept.id} stays in force" if kept else ""
-            log.warning("vectors of alias %r: %s%s", alias, problem, stays)
-        self._problems[alias] = problem
+    def _note_settled(self) -> None:
+        if self._trying:
+            self._settled.clear()
+        else:
+            self._settled.set()
+
+
+def _misfit(vectors: ShiftVectors, identity: ModelIdentity) -> str | None:
+    """Why a set cannot be used with a model. It is content, so the verdict is for good."""
+    try:
+        vectors.check(identity)
+    except VectorError as error:
+        return str(error)
+    return None
