@@ -41,7 +41,7 @@ from steering.errors import ConflictError, SteeringError
 
 API = "/admin/v1"
 _ERRORS = (ServerError, EngineError, SteeringError)
-_PROBLEMS = {
+_PROBLEMS: dict[int | str, str] = {
     400: "Something in the request is wrong; nothing was changed.",
     401: "No admin key, or a wrong one.",
     403: "No admin keys are set, or the store's credentials may only read.",
@@ -49,6 +49,7 @@ _PROBLEMS = {
     409: "Somebody else was faster, or the name is taken; nothing was changed.",
     429: "Too many wrong keys, or no room now.",
     503: "The store does not answer, or what it holds is damaged.",
+    "default": "Any other error.",  # without it the framework describes a 422 that never comes
 }
 
 

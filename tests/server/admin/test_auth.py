@@ -1,0 +1,308 @@
+"""Who may operate: keys, attempts, sessions, forged forms, hosts, headers."""
+
+import logging
+from typing import Any
+
+import httpx
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.admin.auth import (
+    SESSION_S,
+    AdminAuth,
+    CsrfError,
+    check_csrf,
+    cookie_name,
+    csrf_token_of,
+    log_in,
+    log_out,
+    operator_of,
+)
+from server.errors import AuthenticationError, RateLimitError
+from tests.server.admin.conftest import API, KEY, Admin, Opened
+
+pytestmark = pytest.mark.anyio
+PATHS = [
+    ("GET", "/tenants"),
+    ("POST", "/tenants"),
+    ("PUT", "/tenants/acme/policy"),
+    ("GET", "/tenants/acme/in-force"),
+    ("DELETE", "/tenants/acme/keys/k"),
+    ("GET", "/vectors"),
+    ("PUT", "/kill"),
+    ("GET", "/audit"),
+    ("GET", "/replicas"),
+    ("POST", "/store/adopt"),
+    ("POST", "/preview"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nowhere"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic YTpi", f"Bearer {KEY}x", KEY])
+async def test_every_path_needs_an_admin_key(
+    admin: Admin, method: str, path: str, header: str | None
+) -> None:
+    headers = {"authorization": header} if header else {}
+    del admin.headers["authorization"]
+    response = await admin.request(method, API + path, headers=headers)
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_without_admin_keys_nobody_operates_and_the_answer_says_what_to_set(
+    opened: Opened,
+) -> None:
+    async with opened(admin_keys=None) as admin:
+        for method, path in PATHS:
+            response = await admin.request(method, API + path)
+            assert response.status_code == 403
+            assert "DESHIFT_ADMIN_KEYS" in response.json()["error"]["message"]
+        assert (await admin.get("/health")).status_code == 200
+        assert (await admin.get("/ready")).status_code in (200, 503)
+
+
+async def test_the_keys_of_clients_are_no_admin_keys(opened: Opened) -> None:
+    async with opened(api_key="the-key-of-clients") as admin:
+        await admin.created("acme")
+        issued = await admin.post(
+            f"{API}/tenants/acme/keys", json={"id": "k1", "reason": "first key"}
+        )
+        for key in ("the-key-of-clients", issued.json()["key"]):
+            headers = {"authorization": f"Bearer {key}"}
+            refused = await admin.get(f"{API}/tenants", headers=headers)
+            assert refused.status_code == 401
+
+
+async def test_the_status_pages_are_open(admin: Admin) -> None:
+    del admin.headers["authorization"]
+    assert (await admin.get("/health")).json()["status"] == "alive"
+    assert (await admin.get("/ready")).status_code in (200, 503)
+
+
+async def test_the_author_of_a_change_is_the_keys_owner(admin: Admin) -> None:
+    await admin.created("acme")
+    headers = {"authorization": "Bearer operator-key-of-bob1"}
+    patch = {"changes": {"alpha": 0.1}, "reason": "too strong"}
+    await admin.patch(f"{API}/tenants/acme/policy", json=patch, headers=headers)
+    entries = (await admin.get(f"{API}/audit")).json()["entries"]
+    assert [(entry["by"], entry["via"]) for entry in entries] == [("bob", "api"), ("alice", "api")]
+
+
+async def test_wrong_keys_are_counted_and_right_ones_are_not(admin: Admin) -> None:
+    for _ in range(20):
+        assert (await admin.get(f"{API}/tenants")).status_code == 200
+    wrong = {"authorization": "Bearer wrong"}
+    answers = [await admin.get(f"{API}/tenants", headers=wrong) for _ in range(12)]
+    assert [each.status_code for each in answers] == [401] * 10 + [429] * 2
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
+    assert answers[-1].json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_another_address_may_still_try() -> None:
+    auth = AdminAuth({"alice": KEY})
+    for _ in range(10):
+        with pytest.raises(AuthenticationError):
+            auth.check_key("wrong", "10.0.0.1")
+    with pytest.raises(RateLimitError):
+        auth.check_key(KEY, "10.0.0.1")
+    assert auth.check_key(KEY, "10.0.0.2") == "alice"
+
+
+async def test_another_host_name_is_refused_on_a_loopback_listener(opened: Opened) -> None:
+    async with opened() as admin:
+        evil = await admin.get(f"{API}/tenants", headers={"host": "evil.example:8001"})
+        assert (evil.status_code, evil.json()["error"]["code"]) == (403, "host_not_allowed")
+    async with opened(admin_host="0.0.0.0") as admin:
+        headers = {"host": "operators.example"}
+        assert (await admin.get(f"{API}/tenants", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", f"{API}/tenants", f"{API}/nowhere", "/nowhere"])
+@pytest.mark.parametrize("authorization", [f"Bearer {KEY}", "Bearer wrong"])
+async def test_every_answer_has_its_headers(admin: Admin, path: str, authorization: str) -> None:
+    response = await admin.get(path, headers={"authorization": authorization})
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["referrer-policy"] == "no-referrer"
+
+
+async def test_no_key_reaches_the_log(admin: Admin, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    await admin.created("acme")
+    body = {"id": "k1", "reason": "first key"}
+    issued = (await admin.post(f"{API}/tenants/acme/keys", json=body)).json()["key"]
+    await admin.get(f"{API}/tenants", headers={"authorization": "Bearer a-wrong-secret-key"})
+    assert "path='/admin/v1/tenants/acme/keys' status=201" in caplog.text
+    for secret in (KEY, issued, "a-wrong-secret-key"):
+        assert secret not in caplog.text
+
+
+# ------------------------------------------------------------------------------------- sessions
+
+
+def make_request(admin: Admin, cookie: str = "", scheme: str = "http", **headers: str) -> Request:
+    """As the console's handlers see it."""
+    transport: Any = admin._transport
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    if cookie:
+        raw.append((b"cookie", cookie.encode()))
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/login",
+        "query_string": b"",
+        "headers": raw,
+        "scheme": scheme,
+        "server": ("127.0.0.1", 8001),
+        "client": ("127.0.0.1", 5000),
+        "app": transport.app,
+    }
+    return Request(scope)
+
+
+def logged_in(admin: Admin) -> str:
+    """The cookie of a new session of alice's, as a browser sends it."""
+    response = Response()
+    assert log_in(make_request(admin), response, KEY) == "alice"
+    cookie = response.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and "Path=/" in cookie
+    assert KEY not in cookie
+    return cookie.partition(";")[0]
+
+
+async def test_a_session_makes_an_operator(admin: Admin) -> None:
+    cookie = logged_in(admin)
+    operator = operator_of(make_request(admin, cookie))
+    assert (operator.name, operator.via) == ("alice", "console")
+    assert cookie.startswith(f"{cookie_name(make_request(admin))}=")
+    assert "8001" in cookie_name(make_request(admin))
+
+
+async def test_a_session_cookie_is_secure_over_https(admin: Admin) -> None:
+    for scheme, expected in (("http", False), ("https", True)):
+        response = Response()
+        log_in(make_request(admin, scheme=scheme), response, KEY)
+        assert ("Secure" in response.headers["set-cookie"]) == expected
+
+
+async def test_a_wrong_key_logs_nobody_in(admin: Admin) -> None:
+    response = Response()
+    with pytest.raises(AuthenticationError):
+        log_in(make_request(admin), response, "wrong")
+    assert "set-cookie" not in response.headers
+
+
+async def test_a_logged_out_session_is_nobodys_even_as_a_copy(admin: Admin) -> None:
+    cookie = logged_in(admin)
+    log_out(make_request(admin, cookie), Response())
+    with pytest.raises(AuthenticationError):
+        operator_of(make_request(admin, cookie))
+
+
+@pytest.mark.parametrize("text", ["", "x", ".", "x.y", "ü.ü", "YQ==.", "alice|99999999999|n."])
+async def test_a_made_up_session_is_nobodys(admin: Admin, text: str) -> None:
+    auth: AdminAuth = make_request(admin).app.state.auth
+    assert auth.session_operator(text) is None
+
+
+def test_a_changed_session_is_nobodys() -> None:
+    auth = AdminAuth({"alice": KEY})
+    session = auth.new_session("alice")
+    assert auth.session_operator(session) == "alice"
+    for position in range(len(session)):
+        other = "B" if session[position] == "A" else "A"
+        assert auth.session_operator(session[:position] + other + session[position + 1 :]) is None
+    assert AdminAuth({"alice": KEY}).session_operator(session) is None  # another process
+
+
+def test_a_session_ends_after_its_time() -> None:
+    clock = [1000.0]
+    auth = AdminAuth({"alice": KEY}, now=lambda: clock[0])
+    session = auth.new_session("alice")
+    clock[0] += SESSION_S - 1
+    assert auth.session_operator(session) == "alice"
+    clock[0] += 1
+    assert auth.session_operator(session) is None
+
+
+async def test_a_form_needs_the_token_of_its_own_session(admin: Admin) -> None:
+    mine, other = (make_request(admin, logged_in(admin)) for _ in range(2))
+    check_csrf(mine, csrf_token_of(mine))
+    for token in ("", "x", csrf_token_of(other)):
+        with pytest.raises(CsrfError):
+            check_csrf(mine, token)
+
+
+async def test_a_session_changes_through_the_api_only_with_its_token(admin: Admin) -> None:
+    """A browser sends the cookie with other sites' requests, too; the header it does not."""
+    del admin.headers["authorization"]
+    cookie = logged_in(admin)
+    headers = {"cookie": cookie}
+    assert (await admin.get(f"{API}/tenants", headers=headers)).status_code == 200
+    body = {"name": "acme", "reason": "a new customer"}
+    forged = await admin.post(f"{API}/tenants", json=body, headers=headers)
+    assert (forged.status_code, forged.json()["error"]["code"]) == (403, "csrf_token_invalid")
+    headers["x-csrf-token"] = csrf_token_of(make_request(admin, cookie))
+    assert (await admin.post(f"{API}/tenants", json=body, headers=headers)).status_code == 201
+    entries = (await admin.get(f"{API}/audit", headers=headers)).json()["entries"]
+    assert (entries[0]["by"], entries[0]["via"]) == ("alice", "console")
+
+
+async def test_the_document_of_the_api_is_whole(admin: Admin) -> None:
+    document = (await admin.get(f"{API}/openapi.json")).json()
+    described = {
+        f"{method.upper()} {path.removeprefix(API)}"
+        for path, methods in document["paths"].items()
+        for method in methods
+    }
+    assert {
+        "GET /tenants",
+        "POST /tenants",
+        "GET /tenants/{name}",
+        "DELETE /tenants/{name}",
+        "PUT /tenants/{name}/policy",
+        "PATCH /tenants/{name}/policy",
+        "GET /tenants/{name}/in-force",
+        "POST /tenants/{name}/keys",
+        "POST /tenants/{name}/keys/{key_id}/rotate",
+        "DELETE /tenants/{name}/keys/{key_id}",
+        "GET /vectors",
+        "GET /aliases",
+        "PUT /aliases/{alias}",
+        "GET /kill",
+        "PUT /kill",
+        "GET /audit",
+        "POST /audit/{revision}/revert",
+        "GET /replicas",
+        "GET /store",
+        "POST /store/adopt",
+        "POST /store/restore",
+        "POST /preview",
+    } == described
+    assert all(path.startswith(API) for path in document["paths"])
+    text = str(document["paths"])
+    assert "422" not in text and "HTTPValidationError" not in str(document)
+    assert "HTTPBearer" in document["components"]["securitySchemes"]
+
+
+async def test_no_page_needs_another_host(admin: Admin) -> None:
+    for path in ("/docs", "/redoc", "/admin/docs"):
+        assert (await admin.get(path)).status_code == 404
+
+
+async def test_failures_of_one_address_do_not_lock_out_another(admin: Admin) -> None:
+    wrong = {"authorization": "Bearer wrong"}
+    for _ in range(11):
+        await admin.get(f"{API}/tenants", headers=wrong)
+    transport: Any = admin._transport
+    elsewhere = httpx.ASGITransport(transport.app, client=("10.9.8.7", 1))
+    async with httpx.AsyncClient(transport=elsewhere, base_url="http://127.0.0.1") as other:
+        headers = {"authorization": f"Bearer {KEY}"}
+        assert (await other.get(f"{API}/tenants", headers=headers)).status_code == 200
