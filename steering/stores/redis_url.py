@@ -18,6 +18,7 @@ from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError
 
 from steering.errors import StoreError
 
@@ -94,8 +95,10 @@ def _by_sentinel(scheme: str, rest: str, place: str) -> RedisClient:
 def _options(url: str) -> dict[str, Any]:
     """What the URL says, with this store's bounds on waiting.
 
-    Nothing is tried again by itself: a command whose answer was lost may have been carried out,
-    and only the caller knows how to find out.
+    A connection that turns out to be closed, as all are after a restart of the server, is made
+    anew once. What was sent on it may be sent twice by that, which every command of the store
+    bears but a commit; and that one watches keys, so the library leaves it to the store. After a
+    timeout nothing is tried again: the caller has waited long enough.
     """
     defaults: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -105,7 +108,7 @@ def _options(url: str) -> dict[str, Any]:
     given: dict[str, Any] = {**parse_url(url)}
     for name in ("connection_class", "ssl"):  # the URL's scheme alone decides about TLS
         given.pop(name, None)
-    own = {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None}
+    own = {"retry": Retry(NoBackoff(), 1, (ConnectionError,)), "protocol": 2, "driver_info": None}
     return defaults | given | own
 
 

@@ -264,7 +264,7 @@ async def test_overwritten_pages_give_an_error_that_names_the_file(filled: Path)
 def test_a_schema_of_another_version_is_refused(path: Path) -> None:
     alter(path, "pragma user_version = 7")
     with pytest.raises(StoreError, match=f"{path}: schema version 7"):
-        SqliteStore(filled)
+        SqliteStore(path)
 
 
 def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,359 @@
+"""What only Redis can suffer: a server that is gone, paused, emptied or refuses; TLS, Sentinel."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steering.errors import ConflictError, ReadOnlyError, StoreError, VectorError
+from steering.stores import RedisStore, open_store, without_credentials
+from steering.stores.base import Document
+from tests.redis_server import PASSWORDS, RedisServer, make_certificate
+from tests.steering.samples import shift_vectors
+
+pytestmark = pytest.mark.anyio
+
+ONE = shift_vectors(1)
+Open = Callable[..., RedisStore]
+
+
+@pytest.fixture
+async def opened() -> AsyncIterator[Open]:
+    """Open a store by its URL; it is closed at the end."""
+    stores: list[RedisStore] = []
+
+    def open_(url: str) -> RedisStore:
+        stores.append(RedisStore(url))
+        return stores[-1]
+
+    yield open_
+    for store in stores:
+        await store.close()
+
+
+async def failure(what: Awaitable[object], within_s: float = 2.6) -> StoreError:
+    """The StoreError that something ends in, soon enough."""
+    started = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        await what
+    assert time.monotonic() - started < within_s
+    for password in PASSWORDS.values():
+        assert password not in str(caught.value)
+    return caught.value
+
+
+async def test_a_flipped_byte_is_refused_and_mended_by_the_same_set(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    store = opened(redis_server.url())
+    await store.put_vectors(ONE.to_bytes())
+    data = bytearray(ONE.to_bytes())
+    data[-5] ^= 1
+    with redis_server.admin() as admin:
+        admin.set(f"deshift:vector:{ONE.id}", bytes(data))
+    place = f"redis://127.0.0.1:{redis_server.port}/0"
+    with pytest.raises(VectorError, match=f"{place}: vector set {ONE.id[:12]}"):
+        await store.get_vectors(ONE.id)
+    await store.put_vectors(ONE.to_bytes())
+    assert (await store.get_vectors(ONE.id)).to_bytes() == ONE.to_bytes()
+
+
+async def test_damaged_manifests_and_documents_are_named(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    store = opened(redis_server.url())
+    await store.put_vectors(ONE.to_bytes())
+    await store.commit({"a": "1", "b": "1"}, {}, "")
+    with redis_server.admin() as admin:
+        admin.hset("deshift:manifests", ONE.id, "{")
+        admin.hset("deshift:documents", "a", "x y")
+    assert ONE.id[:12] in str(await failure(store.list_vectors()))
+    assert "'a'" in str(await failure(store.changes()))
+    assert "'a'" in str(await failure(store.commit({"b": "2"}, {"a": 1}, "")))
+    with redis_server.admin() as admin:
+        admin.hdel("deshift:documents", "a")
+    assert "lost" in str(await failure(store.changes()))
+    with redis_server.admin() as admin:
+        admin.set("deshift:documents", "not a hash")
+    assert "WRONGTYPE" in str(await failure(store.get(["b"])))
+
+
+async def test_after_a_flush_the_epoch_is_another_one(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    store = opened(redis_server.url())
+    await store.commit({"a": "1"}, {}, "")
+    before = await store.changes()
+    redis_server.flush()
+    assert await store.changes(1) == type(before)("", 0, ())
+    assert await store.commit({"b": "1"}, {}, "") == 1
+    after = await store.changes()
+    assert after.epoch not in ("", before.epoch)
+    assert after.documents == (Document("b", "1", 1),)
+
+
+async def test_a_server_s_credentials_read_everything_and_write_only_heartbeats(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    operator, server = (
+        opened(redis_server.url(f"deshift-{who}")) for who in ("operator", "server")
+    )
+    await operator.put_vectors(ONE.to_bytes())
+    await operator.commit({"a": "1"}, {}, "first")
+    assert await server.changes() == await operator.changes()
+    assert await server.get(["a"]) == {"a": Document("a", "1", 1)}
+    assert [record.entry for record in await server.audit(5)] == ["first"]
+    assert [record.id for record in await server.list_vectors()] == [ONE.id]
+    assert (await server.get_vectors(ONE.id)).id == ONE.id
+    await server.heartbeat("here", "ok", 60)
+    assert await operator.replicas() == await server.replicas() == {"here": "ok"}
+    wakeups = server.wakeups()
+    await anext(wakeups)
+    await operator.commit({"a": "2"}, {}, "second")
+    await asyncio.wait_for(anext(wakeups), 1)
+    await server.heartbeat("here", "", 60)
+    assert await operator.replicas() == {}
+    for write in (
+        server.commit({"a": "3"}, {}, "never"),
+        server.commit({}, {}, "never"),
+        server.put_vectors(shift_vectors(2).to_bytes()),
+    ):
+        assert isinstance(await failure(write), ReadOnlyError)
+    assert (await operator.changes()).revision == 2
+    assert len(await operator.list_vectors()) == 1
+
+
+@pytest.mark.parametrize(
+    ("user", "command"),
+    [
+        ("deshift-server", ("set", "deshift:documents", "x")),
+        ("deshift-server", ("set", "deshift:vector:x", "x")),
+        ("deshift-server", ("del", "deshift:audit")),
+        ("deshift-server", ("publish", "deshift:changes", "1")),
+        ("deshift-server", ("hset", "deshift:documents", "a", "1")),
+        ("deshift-server", ("get", "other")),
+        ("deshift-operator", ("get", "other")),
+        ("deshift-operator", ("set", "other", "x")),
+        ("deshift-operator", ("publish", "other", "x")),
+        *((f"deshift-{who}", ("flushall",)) for who in ("server", "operator")),
+        *((f"deshift-{who}", ("config", "get", "*")) for who in ("server", "operator")),
+        *((f"deshift-{who}", ("acl", "list")) for who in ("server", "operator")),
+        *((f"deshift-{who}", ("keys", "*")) for who in ("server", "operator")),
+        *((f"deshift-{who}", ("eval", "return 1", "0")) for who in ("server", "operator")),
+        *((f"deshift-{who}", ("replicaof", "no", "one")) for who in ("server", "operator")),
+    ],
+)
+async def test_neither_role_may_do_what_it_does_not_need(
+    redis_server: RedisServer, opened: Open, user: str, command: tuple[str, ...]
+) -> None:
+    from redis.exceptions import NoPermissionError
+
+    with pytest.raises(NoPermissionError):
+        await opened(redis_server.url(user))._redis.execute_command(*command)
+
+
+async def test_nobody_gets_in_without_a_name_or_with_a_wrong_password(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    hosts = f"127.0.0.1:{redis_server.port}"
+    for credentials in ("", "deshift-operator:wrong-pw@", "default:@", "default:x@", ":x@"):
+        error = await failure(opened(f"redis://{credentials}{hosts}").changes())
+        assert hosts in str(error) and "wrong-pw" not in str(error)
+
+
+def test_redis_refuses_to_start_until_the_passwords_are_filled_in(tmp_path: Path) -> None:
+    from tests.redis_server import DEPLOY
+
+    server = RedisServer(tmp_path, acl=(DEPLOY / "users.acl").read_text())
+    with pytest.raises(RuntimeError, match="SHA256_OF_THE_SERVER_PASSWORD|ACL errors"):
+        server.start()
+
+
+async def test_a_killed_server_is_an_error_at_once_and_comes_back_with_its_data(
+    own_redis: RedisServer, opened: Open
+) -> None:
+    store = opened(own_redis.url())
+    await store.put_vectors(ONE.to_bytes())
+    await store.commit({"a": "1"}, {}, "kept")
+    before = await store.changes()
+    own_redis.kill()
+    for use in (
+        *(store.changes(), store.get(["a"]), store.commit({"a": "2"}, {}, ""), store.audit(1)),
+        *(store.replicas(), store.list_vectors(), store.get_vectors(ONE.id)),
+        *(store.heartbeat("r", "x", 1), store.put_vectors(ONE.to_bytes()), anext(store.wakeups())),
+    ):
+        assert f"127.0.0.1:{own_redis.port}" in str(await failure(use, 1.0))  # type: ignore[arg-type]
+    own_redis.start()
+    assert await store.changes() == before
+    assert (await store.get_vectors(ONE.id)).id == ONE.id
+    assert await store.commit({"a": "2"}, {"a": 1}, "") == 2
+    own_redis.restart(empty=True)
+    assert (await store.changes(2)).epoch == ""
+
+
+async def test_a_paused_server_is_an_error_within_the_timeout(
+    own_redis: RedisServer, opened: Open
+) -> None:
+    store, idle = opened(own_redis.url()), opened(own_redis.url())
+    await store.commit({"a": "1"}, {}, "")
+    own_redis.pause()
+    await failure(store.changes())
+    await failure(idle.changes(), 4.5)  # connects, and then gets no answer
+    own_redis.resume()
+    assert (await store.changes()).revision == 1
+
+
+@pytest.mark.parametrize("how", ["pause", "kill"])
+async def test_a_listener_notices_a_dead_or_silent_server(
+    own_redis: RedisServer, opened: Open, how: str
+) -> None:
+    store, other = opened(own_redis.url()), opened(own_redis.url())
+    wakeups = store.wakeups()
+    await anext(wakeups)
+    waiting = asyncio.ensure_future(anext(wakeups))
+    await asyncio.sleep(1.5)  # silence that is answered is no error
+    assert not waiting.done()
+    getattr(own_redis, how)()
+    assert f"127.0.0.1:{own_redis.port}" in str(await failure(waiting, 3.0))
+    own_redis.resume() if how == "pause" else own_redis.start()
+    again = store.wakeups()
+    await asyncio.wait_for(anext(again), 3)
+    await other.commit({"a": "1"}, {}, "")
+    await asyncio.wait_for(anext(again), 1)
+
+
+class LosesAnswers:
+    """A proxy between a client and Redis that can swallow the answer to the next EXEC."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self.loses_next = False
+        self.port = 0
+
+    async def start(self) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        return server
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_redis, to_redis = await asyncio.open_connection("127.0.0.1", self._to)
+        swallows = False
+
+        async def forth() -> None:
+            nonlocal swallows
+            while data := await reader.read(65536):
+                swallows = self.loses_next and b"EXEC\r\n" in data
+                to_redis.write(data)
+            to_redis.close()
+
+        async def back() -> None:
+            while data := await from_redis.read(65536):
+                if swallows:  # so it was carried out
+                    self.loses_next = False
+                    break
+                writer.write(data)
+            writer.close()
+
+        await asyncio.gather(forth(), back())
+        to_redis.close()
+
+
+async def test_a_commit_whose_answer_is_lost_is_made_once_and_known_to_be(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    proxy = LosesAnswers(redis_server.port)
+    server = await proxy.start()
+    url = redis_server.url().replace(str(redis_server.port), str(proxy.port))
+    store = opened(url)
+    assert await store.commit({"a": "1"}, {}, "one") == 1
+    proxy.loses_next = True
+    assert await store.commit({"a": "2"}, {"a": 1}, "two") == 2
+    assert not proxy.loses_next
+    assert [record.entry for record in await store.audit(9)] == ["two", "one"]
+    with pytest.raises(ConflictError):
+        await store.commit({"a": "3"}, {"a": 1}, "three")
+    await store.close()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_read_costs_by_what_changed_and_not_by_what_there_is(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    store = opened(redis_server.url())
+    await store.commit({f"tenant/{n}": "x" * 500 for n in range(2000)}, {}, "")
+    await store.commit({"tenant/7": "y"}, {}, "")
+    with redis_server.admin() as admin:
+        sent: Any = admin.info("stats")["total_net_output_bytes"]
+        await store.changes(1)
+        await store.changes(2)
+        now: Any = admin.info("stats")["total_net_output_bytes"]
+    assert now - sent < 20_000  # the two answers to INFO among them; all documents take 1 MB
+
+
+async def test_everything_lies_under_the_prefix_that_the_acl_names(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    store = opened(redis_server.url())
+    await store.put_vectors(ONE.to_bytes())
+    await store.commit({"a": "1"}, {}, "")
+    await store.heartbeat("r", "x", 60)
+    with redis_server.admin() as admin:
+        keys: Any = admin.keys("*")
+    assert len(keys) == 9 and all(key.startswith(b"deshift:") for key in keys)
+
+
+async def test_tls_with_the_certificate_checked(tmp_path: Path, opened: Open) -> None:
+    server = RedisServer(tmp_path / "redis", tls=make_certificate(tmp_path))
+    server.start()
+    try:
+        operator, reader = (opened(server.url(f"deshift-{who}")) for who in ("operator", "server"))
+        assert server.url().startswith("rediss://")
+        await operator.put_vectors(ONE.to_bytes())
+        wakeups = reader.wakeups()
+        await anext(wakeups)
+        await operator.commit({"a": "1"}, {}, "")
+        await asyncio.wait_for(anext(wakeups), 1)
+        assert (await reader.get_vectors(ONE.id)).id == ONE.id
+        assert isinstance(await failure(reader.commit({"a": "2"}, {}, "")), ReadOnlyError)
+        await wakeups.aclose()  # type: ignore[attr-defined]
+        unknown_authority = server.url().partition("?")[0]
+        assert "certificate" in str(await failure(opened(unknown_authority).changes())).lower()
+        plain = unknown_authority.replace("rediss:", "redis:")
+        await failure(opened(plain).changes())
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis://", "redis:///0", "redis://u:hidden@", "redis://u:hidden@h:port/0"),
+        *("redis://u:hid/den@h", "redis://u:hidden@h/x", "redis://h?db=x&password=hidden"),
+        *("rediss://u:hidden@h?no_such_option=1", "redis+sentinel://u:hidden@h"),
+        *("redis+sentinel:///s", "redis+sentinel://h,/s", "redis+sentinel://h:x/s"),
+        "redis+sentinel://h/s?no_such_option=1",
+    ],
+)
+def test_a_url_that_cannot_be_read_is_told_without_its_password(url: str) -> None:
+    with pytest.raises(StoreError, match=r"redis://user:password@host:port/db") as caught:
+        open_store(url)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://u:p@h:1/2?password=p", "redis://h:1/2"),
+        ("redis://u:p@x@h:1/2", "redis://h:1/2"),
+        ("redis+sentinel://u:p@a:1,b/main?x=y", "redis+sentinel://a:1,b/main"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("memory://", "memory://"),
+        ("u:p@h", "h"),
+    ],
+)
+def test_a_url_is_shown_without_credentials_and_options(url: str, shown: str) -> None:
+    assert without_credentials(url) == shown
