@@ -44,7 +44,9 @@ def show(
 
 @audit.command()
 def revert(
-    revision: Annotated[int, typer.Argument(help="Of the change that is taken back.", min=1)],
+    revision: Annotated[
+        int, typer.Argument(help="Of the change that is taken back.", min=1, metavar="REVISION")
+    ],
     reason: ReasonOption,
     by: ByOption = None,
     store: AdminStoreOption = None,

@@ -32,6 +32,7 @@ def kill(
     action: Annotated[
         KillAction | None,
         typer.Argument(
+            metavar="ACTION",
             help="unsteered: nobody is steered, pictures are answered without protection. "
             "reject: every request with a picture is refused. "
             "none: back to every tenant's own policy. Without it: show the switch.",

@@ -104,7 +104,9 @@ def set_policy(
 @policy.command()
 def diff(
     tenant: TenantArgument,
-    revision: Annotated[int, typer.Argument(help="An earlier revision.", min=1)],
+    revision: Annotated[
+        int, typer.Argument(help="An earlier revision.", min=1, metavar="REVISION")
+    ],
     store: AdminStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:

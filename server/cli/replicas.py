@@ -12,7 +12,6 @@ from server.control import Control
 from steering.stores.base import Changes
 
 _SHORT_ID_LEN = 8
-_KILL_WIDTH = len("here: reject")
 
 
 def replicas(store: AdminStoreOption = None, as_json: JsonOption = False) -> None:
@@ -37,7 +36,7 @@ def replicas(store: AdminStoreOption = None, as_json: JsonOption = False) -> Non
         console().print("no replica has told this store of itself lately")
         return
     rows = table("replica", "revision", "behind", "age", "store", "kill", "vectors")
-    rows.columns[5].min_width = _KILL_WIDTH
+    rows.columns[-2].no_wrap = True
     for name, status in fleet.items():
         rows.add_row(cell(name), *_row(status, newest))
     printer = console()
@@ -85,7 +84,7 @@ def _problems(status: dict[str, Any]) -> list[str]:
     found = [str(each) for each in several] if isinstance(several, list) else [str(several)]
     number, one = status.get("num_problems"), status.get("problem")
     if isinstance(number, int) and number > len(found):
-        found.append(f"and {number - len(found)} more problems; its /ready tells")
+        found.append(f"and {number - len(found)} more")
     return [str(one), *found] if one else found
 
 

@@ -9,7 +9,10 @@ from tests.server.cli.conftest import Deshift
 def test_help_names_every_group(deshift: Deshift) -> None:
     result = deshift("--help")
     assert result.exit_code == 0
-    for name in ("serve", "extract", "vectors", "bench", "demo"):
+    for name in (
+        *("serve", "extract", "vectors", "tenants", "keys", "policy", "audit", "kill", "replicas"),
+        *("bench", "demo"),
+    ):
         assert f" {name} " in result.stdout
     assert deshift("vectors", "nothing").exit_code == 2
 
