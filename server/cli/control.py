@@ -3,18 +3,14 @@
 Does not cover what any of them does (server/control.py) nor how it looks (display.py).
 """
 
-import asyncio
-import getpass
 import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
 
 import typer
 
-from server.cli.options import settings_with
+from server.cli.options import operator_name, settings_with, with_store
 from server.control import Author, Control
-from server.errors import InvalidRequestError
-from steering.stores import open_store
 
 T = TypeVar("T")
 
@@ -23,7 +19,8 @@ AdminStoreOption = Annotated[
     typer.Option(
         "--store",
         help="Store of tenants and policies, with rights to write; by default "
-        "DESHIFT_ADMIN_STORE, else DESHIFT_STORE, else deshift.db in the cache directory.",
+        "DESHIFT_ADMIN_STORE, else DESHIFT_STORE, else deshift.db in the cache directory. A "
+        "password is better given in these: others see command lines.",
         metavar="URL",
     ),
 ]
@@ -50,25 +47,14 @@ _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])")
 def operate(url: str | None, action: Callable[[Control], Awaitable[T]]) -> T:
     """Open the store, do `action` with it, and close it; raises what `action` raises."""
     settings = settings_with({"admin_store": url})
-
-    async def opened() -> T:
-        store = open_store(settings.admin_store or settings.store_url)
-        try:
-            return await action(Control(store))
-        finally:
-            await store.close()
-
-    return asyncio.run(opened())
+    return with_store(
+        settings.admin_store or settings.store_url, lambda store: action(Control(store))
+    )
 
 
 def author(by: str | None, reason: str) -> Author:
-    """Raises InvalidRequestError for an empty reason, or where there is no login name."""
-    if by is None:
-        try:
-            by = getpass.getuser()
-        except (KeyError, OSError):  # a container's user may have none
-            raise InvalidRequestError("this user has no login name: give --by") from None
-    return Author(by, reason, "command")
+    """Raises InvalidRequestError for an empty reason."""
+    return Author(operator_name() if by is None else by, reason, "command")
 
 
 def duration(text: str) -> float:

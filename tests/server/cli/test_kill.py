@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
+from server.admin.app import create_admin_app
+from server.app import build_services
+from server.services import Services
+from steering.stores.memory import MemoryStore
 from tests.server.cli.conftest import Deshift
+from tests.server.conftest import make_settings
+from tests.server.fakes import FakeEngine
 
 WHY = ("--reason", "for the test")
 KEY = "ops-key-0123456789abcdef"
@@ -46,6 +53,25 @@ def replica() -> Iterator[Replica]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield found
         server.shutdown()
+
+
+@pytest.fixture
+def listener(fake_engine: FakeEngine) -> Iterator[tuple[str, Services]]:
+    """The admin listener itself, on a port."""
+    store = MemoryStore()
+    settings = make_settings(admin_keys=f"ann:{KEY}")
+    services = build_services(settings, fake_engine, store, store)
+    server = uvicorn.Server(
+        uvicorn.Config(create_admin_app(services), log_config=None, lifespan="off")
+    )
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", services
+        server.should_exit = True
+        thread.join()
+    services.pool.shutdown()
 
 
 @pytest.fixture
@@ -127,6 +153,22 @@ def test_a_replica_is_asked_with_the_key_and_the_store_is_not(
     ]
     assert f"{replica.url}: kill switch reject, on this replica" in result.stdout
     assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.usefixtures("admin_key")
+def test_the_admin_listener_understands_what_it_is_asked(
+    deshift: Deshift, listener: tuple[str, Services], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, services = listener
+    command = (*WHY, "--replica", url, "--admin-key-from-env")
+    for action in ("reject", "none", "unsteered"):
+        result = deshift("kill", action, *command)
+        assert result.exit_code == 0, result.output
+        assert services.directory.local_kill == action
+    monkeypatch.setenv("DESHIFT_ADMIN_KEY", "another-key-0123456789")
+    refused = deshift("kill", "none", *command)
+    assert refused.exit_code == 1 and "NOT DONE: answered 401: " in refused.stdout
+    assert services.directory.local_kill == "unsteered"
 
 
 @pytest.mark.usefixtures("admin_key")

@@ -1,10 +1,12 @@
 """`deshift tenants`: made, seen, deleted, brought back."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
+from steering.stores import open_store
 from tests.server.cli.conftest import Deshift
 from tests.server.cli.tables import cells
 
@@ -113,3 +115,18 @@ def test_the_store_with_rights_to_write_is_taken_before_the_servers(
     for url, name in zip(urls, "abc", strict=True):
         told = json.loads(deshift("tenants", "list", "--json", "--store", url).stdout)
         assert [each["tenant"] for each in told["tenants"]] == [name]
+
+
+def test_a_damaged_document_hides_no_other_tenant(acme: Deshift, tmp_path: Path) -> None:
+    async def damage() -> None:
+        store = open_store(f"sqlite:///{tmp_path}/cache/deshift.db")
+        await store.commit({"tenant/bad": '{"policy":{"alpha":-1}}'}, {}, "{}")
+        await store.close()
+
+    asyncio.run(damage())
+    result = acme("tenants", "list")
+    assert [row[0] for row in cells(result.stdout)] == ["acme"]
+    assert "'tenant/bad' cannot be read: policy.alpha" in result.stderr
+    told = json.loads(acme("tenants", "list", "--json").stdout)
+    assert list(told["unreadable"]) == ["tenant/bad"]
+    assert acme("tenants", "show", "bad").exit_code == 1
