@@ -1,6 +1,6 @@
-"""Running the server as a process: the socket, uvicorn, signals.
+"""Running the server as a process: its two listeners, uvicorn, signals.
 
-Does not cover what is served (app.py).
+Does not cover what is served (app.py, admin/app.py).
 """
 
 import asyncio
@@ -8,13 +8,15 @@ import errno
 import logging
 import signal
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from server.admin.app import create_admin_app
 from server.app import create_app, drain
-from server.config import Settings
+from server.config import PREFIX, Settings
 from server.errors import StartupError
 from server.services import Services
 
@@ -28,8 +30,9 @@ def serve(settings: Settings) -> None:
     Raises ServerError, EngineError or SteeringError when it cannot start; the command words it.
     """
     configure_logging()
-    with listening_socket(settings) as sock:  # first: a taken port costs no loaded model
-        asyncio.run(run(create_app(settings), sock))
+    # First: a taken port costs no loaded model.
+    with listening_socket(settings) as sock, admin_socket(settings) as for_operators:
+        asyncio.run(run(create_app(settings), sock, for_operators))
 
 
 def configure_logging() -> None:
@@ -37,14 +40,22 @@ def configure_logging() -> None:
 
 
 def listening_socket(settings: Settings) -> socket.socket:
-    """Bind, and not yet listen: until the server is up, connections are refused.
-
-    Raises StartupError naming host and port.
+    """For clients: bound, and not yet listening, so that until the server is up connections are
+    refused. Raises StartupError naming host and port.
     """
-    place = f"{settings.host}:{settings.port}"
+    return _bound_socket(settings.host, settings.port, "--port")
+
+
+def admin_socket(settings: Settings) -> socket.socket:
+    """For operators, likewise."""
+    return _bound_socket(settings.admin_host, settings.admin_port, f"{PREFIX}ADMIN_PORT")
+
+
+def _bound_socket(host: str, port: int, option: str) -> socket.socket:
+    place = f"{host}:{port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM
+            host, port, type=socket.SOCK_STREAM
         )[0]
         sock = socket.socket(family, kind, protocol)
     except OSError as error:
@@ -54,16 +65,59 @@ def listening_socket(settings: Settings) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        hint = "; choose another with --port" if error.errno == errno.EADDRINUSE else ""
+        hint = f"; choose another with {option}" if error.errno == errno.EADDRINUSE else ""
         raise StartupError(f"cannot listen on {place}: {error.strerror}{hint}") from None
     return sock
 
 
-async def run(app: FastAPI, sock: socket.socket) -> None:
-    """Run the lifespan around uvicorn, so that what it raises comes out here."""
+async def run(app: FastAPI, sock: socket.socket, admin_sock: socket.socket) -> None:
+    """Run the lifespan around both listeners, so that what it raises comes out here.
+
+    The operators' listener answers until the clients' one has drained; when either ends, the other
+    does.
+    """
     services: Services = app.state.services
     async with app.router.lifespan_context(app):
-        await DrainingServer(app, services).serve(sockets=[sock])
+        public = DrainingServer(app, services)
+        admin = AdminServer(create_admin_app(services))
+        tasks = [
+            asyncio.create_task(public.serve(sockets=[sock])),
+            asyncio.create_task(admin.serve(sockets=[admin_sock])),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            public.should_exit = admin.should_exit = True
+            admin.force_exit = public.force_exit
+            await asyncio.gather(*tasks)
+
+
+def _config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",  # run() holds it
+        access_log=False,  # middleware.py writes one line per request
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=LAST_BYTES_S,
+    )
+
+
+class AdminServer(uvicorn.Server):
+    """Leaves signals to the other listener, and ends when it is told to."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(_config(app))
+
+    def capture_signals(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or []:
+            host, port = sock.getsockname()[:2]
+            log.info("operators on http://%s:%d", host, port)
 
 
 class DrainingServer(uvicorn.Server):
@@ -73,16 +127,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, services: Services) -> None:
-        config = uvicorn.Config(
-            app,
-            lifespan="off",  # run() holds it
-            access_log=False,  # middleware.py writes one line per request
-            log_config=None,
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=LAST_BYTES_S,
-        )
-        super().__init__(config)
+        super().__init__(_config(app))
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
