@@ -33,7 +33,7 @@ MAX_VECTORS_TOLD = 100
 def replica_name(settings: Settings) -> str:
     """As set, or host name and port; what a name may not hold becomes a dash."""
     text = settings.replica or f"{socket.gethostname()}-{settings.port}"
-    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[-64:].lstrip("._-") or "replica"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[-64:].lstrip("._-") or "replica"
 
 
 class Heartbeat:

@@ -64,6 +64,7 @@ class Sync:
         self._problem: str | None = "the store has not been read yet"
         self._confirmed: tuple[float, float] | None = None  # monotonic, wall
         self._compares_all = True
+        self._is_deaf = False
         self._woken = asyncio.Event()
         self._looked = asyncio.Event()
 
@@ -136,10 +137,11 @@ class Sync:
             started = time.monotonic()
             try:
                 await self._hear()
-            except StoreError:
-                pass  # _follow meets the same store, and reports it
-            except Exception:  # as in `look`; the interval still keeps this replica in step
-                log.exception("listening to the store failed")
+            except StoreError as error:
+                self._report_deaf(str(error))
+            except Exception as error:  # as in `look`
+                self._report_deaf(type(error).__name__)
+            self._woken.set()  # what ended the listening may have ended more
             if time.monotonic() - started > MAX_DELAY_S:
                 delays = backoff(FIRST_DELAY_S, MAX_DELAY_S)
             await asyncio.sleep(next(delays))
@@ -147,9 +149,17 @@ class Sync:
     async def _hear(self) -> None:
         is_first = True  # says that it listens (again); what came before may be other data
         async for _ in self._store.wakeups():
+            if is_first and self._is_deaf:
+                log.info("the store's announcements are heard again")
+            self._is_deaf = False
             self._compares_all |= is_first
             is_first = False
             self._woken.set()
+
+    def _report_deaf(self, problem: str) -> None:
+        if not self._is_deaf:
+            log.warning("the store's announcements are not heard: %s", problem)
+        self._is_deaf = True
 
     async def _follow(self) -> None:
         delays = backoff(FIRST_DELAY_S, MAX_DELAY_S)
