@@ -137,9 +137,8 @@ async def test_the_replica_takes_over_with_what_was_committed(
     await store.close()
 
 
-async def test_a_sentinel_that_cannot_be_asked_is_told_without_passwords(
-    master: RedisServer, sentinel: int
-) -> None:
+@pytest.mark.usefixtures("master")
+async def test_a_sentinel_that_cannot_be_asked_is_told_without_passwords(sentinel: int) -> None:
     for store in (
         RedisStore(url(sentinel, "wrong-sentinel-password")),
         RedisStore(url(sentinel).replace(f"/{SERVICE}?", "/unknown?")),

@@ -1,4 +1,4 @@
-"""What only a file can suffer: other processes, kill -9, damage, an older version."""
+"""What only a file can suffer: other processes, kill -9, damage."""
 
 import asyncio
 import json
@@ -38,14 +38,6 @@ print("ready", flush=True)
 sys.stdin.readline()
 asyncio.run(write(*sys.argv[1:]))
 """
-VERSION_1 = (
-    """create table vectors (
-        id text primary key, manifest text not null, data blob not null,
-        sequence integer not null unique) strict""",
-    """create table aliases (
-        name text primary key, vector_id text not null references vectors(id)) strict""",
-    "pragma user_version = 1",
-)
 
 
 def writer(path: Path, first: int, last: int) -> "subprocess.Popen[str]":
@@ -84,17 +76,6 @@ async def filled(path: Path) -> Path:
     await store.commit({"alias/default": json.dumps({"vector": ONE.id})}, {}, "filled")
     await store.heartbeat("replica", "ok", 60)
     await store.close()
-    return path
-
-
-@pytest.fixture
-def old(path: Path) -> Path:
-    """As version 1 left it: a set, and two aliases of it."""
-    alter(path, *VERSION_1)
-    row = (ONE.id, json.dumps(ONE.manifest.as_dict()), ONE.to_bytes(), 1)
-    alter(path, "insert into vectors values (?, ?, ?, ?)", values=row)
-    for name in ("default", "spare"):
-        alter(path, "insert into aliases values (?, ?)", values=(name, ONE.id))
     return path
 
 
@@ -178,46 +159,6 @@ async def test_a_write_that_fails_half_way_leaves_the_documents_as_they_were(fil
     await store.close()
 
 
-async def test_version_1_becomes_documents_with_a_record_of_where_they_come_from(old: Path) -> None:
-    store = SqliteStore(old)
-    changes = await store.changes()
-    assert (len(changes.epoch), changes.revision) == (32, 1)
-    assert await aliases(store) == {"default": ONE.id, "spare": ONE.id}
-    assert (await store.get_vectors(ONE.id)).to_bytes() == ONE.to_bytes()
-    assert [record.id for record in await store.list_vectors()] == [ONE.id]
-    (record,) = await store.audit(9)
-    entry = json.loads(record.entry)
-    assert (entry["action"], entry["by"], entry["via"]) == ("migrate", "deshift", "setup")
-    assert "present form" in entry["reason"]
-    assert entry["changes"] == [
-        {"key": f"alias/{name}", "before": None, "after": {"vector": ONE.id}}
-        for name in ("default", "spare")
-    ]
-    await store.close()
-    again = SqliteStore(old)
-    assert await again.changes() == changes
-    await again.close()
-
-
-async def test_version_1_without_an_alias_has_nothing_to_bring_over(path: Path) -> None:
-    alter(path, *VERSION_1)
-    store = SqliteStore(path)
-    assert (await store.changes()).revision == 0
-    assert await store.audit(9) == []
-    await store.close()
-
-
-def test_a_migration_that_fails_half_way_leaves_version_1_as_it_was(old: Path) -> None:
-    alter(old, "create view audit as select 1")  # in the way of the last but two table
-    with pytest.raises(StoreError, match=f"{old}: .*audit"):
-        SqliteStore(old)
-    connection = sqlite3.connect(old)
-    assert connection.execute("pragma user_version").fetchone() == (1,)
-    tables = connection.execute("select name from sqlite_master where type = 'table'").fetchall()
-    connection.close()
-    assert {name for (name,) in tables} == {"vectors", "aliases"}
-
-
 async def test_a_flipped_byte_is_refused_with_file_and_id_and_mended_by_the_same_set(
     filled: Path,
 ) -> None:
@@ -259,12 +200,6 @@ async def test_overwritten_pages_give_an_error_that_names_the_file(filled: Path)
         with pytest.raises(StoreError, match=str(filled)):
             await read()
     await store.close()
-
-
-def test_a_schema_of_another_version_is_refused(path: Path) -> None:
-    alter(path, "pragma user_version = 7")
-    with pytest.raises(StoreError, match=f"{path}: schema version 7"):
-        SqliteStore(path)
 
 
 def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
