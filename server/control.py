@@ -6,6 +6,7 @@ a revision that is checked. Knows a store and no HTTP. Does not put anything in 
 
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ from steering.stores.base import ALIAS_PREFIX, Document, Store
 
 MAX_REASON_LEN = 500
 MAX_KEYS = 100  # of one tenant
+MAX_POLICY_S = MAX_OVERLAP_S = 366 * 86400.0
 KEY_START = "dsk-"
 AUDIT_PAGE = 200
 
@@ -146,14 +148,19 @@ class Control:
         return state.tenants[name]
 
     async def create_tenant(self, name: str, policy: PolicyFields, author: Author) -> int:
-        """Returns the revision. Raises ExistsError, InvalidRequestError for a bad name."""
+        """Without keys. Returns the revision. Raises ExistsError, InvalidRequestError for a bad
+        name.
+        """
         _checked(name, "tenant")
         document = TenantDocument(policy=policy, created_at=self.now())
         writes: dict[str, AnyDocument | None] = {TENANT_PREFIX + name: document}
+        expected = {TENANT_PREFIX + name: 0, KEYS_PREFIX + name: 0}
         try:
-            return await self._commit("tenant.create", writes, {TENANT_PREFIX + name: 0}, author)
+            return await self._commit("tenant.create", writes, expected, author)
         except ConflictError:
-            raise ExistsError(f"there is a tenant {name!r} already") from None
+            raise ExistsError(
+                f"there is a tenant {name!r} already, or there are its keys"
+            ) from None
 
     async def set_policy(
         self,
@@ -166,16 +173,17 @@ class Control:
         """Change a tenant's policy; returns its revision, the old one when nothing changes.
 
         expected: the revision that the operator saw; None: whatever it is. expires_in_s: after
-        that time what is in force now is in force again.
+        that time the last policy that was set without an end is in force again.
         """
         held = await self.tenant(name)
         _check_revision(f"the policy of {name!r}", expected, held.revision)
         until = None
         if expires_in_s is not None:
-            if not 0 < expires_in_s <= 366 * 86400:
+            if not 0 < expires_in_s <= MAX_POLICY_S:
                 raise InvalidRequestError("a policy may last up to 366 days", param="expires_in_s")
-            now = self.now()
-            until = Until(at=now + expires_in_s, then=held.document.in_force(now))
+            replaced = held.document.until
+            then = held.document.policy if replaced is None else replaced.then
+            until = Until(at=self.now() + expires_in_s, then=then)
         document = held.document.model_copy(update={"policy": policy, "until": until})
         if document == held.document:
             return held.revision
@@ -183,14 +191,15 @@ class Control:
         return await self._commit("policy.set", {key: document}, {key: held.revision}, author)
 
     async def delete_tenant(self, name: str, expected: int | None, author: Author) -> int:
-        """With its keys. Raises NoSuchTenantError."""
-        held = await self.tenant(name)
-        _check_revision(f"the policy of {name!r}", expected, held.revision)
-        keys = {TENANT_PREFIX + name: held.revision, KEYS_PREFIX + name: held.keys_revision}
-        writes: dict[str, AnyDocument | None] = {
-            key: None for key, revision in keys.items() if revision
-        }
-        return await self._commit("tenant.delete", writes, keys, author)
+        """With its keys, and also where its documents cannot be read. Raises NoSuchTenantError."""
+        keys = (TENANT_PREFIX + name, KEYS_PREFIX + name)
+        held = await self.store.get(keys)
+        if not held:
+            raise NoSuchTenantError(f"there is no tenant {name[:80]!r}")
+        revisions = {key: held[key].revision if key in held else 0 for key in keys}
+        _check_revision(f"the policy of {name!r}", expected, revisions[TENANT_PREFIX + name])
+        writes: dict[str, AnyDocument | None] = dict.fromkeys(held)
+        return await self._commit("tenant.delete", writes, revisions, author)
 
     async def create_key(
         self,
@@ -217,6 +226,8 @@ class Control:
         expected: int | None = None,
     ) -> NewKey:
         """A new key; the old one is good for `overlap_s` seconds more. Raises NoSuchTenantError."""
+        if not 0 <= overlap_s <= MAX_OVERLAP_S:
+            raise InvalidRequestError("the old key may last up to 366 days", param="overlap_s")
         held = await self.tenant(tenant)
         _check_revision(f"the list of keys of {tenant!r}", expected, held.keys_revision)
         text, record = self._new_key(new_id, None)
@@ -299,6 +310,9 @@ class Control:
             text = None if change.before is None else json.dumps(change.before)
             writes[change.key] = None if text is None else parse(known[0], change.key, text)
             expected[change.key] = 0 if change.after is None else revision
+            if text is None and change.key.startswith(TENANT_PREFIX):
+                # Left behind, its keys would be those of the next tenant of that name.
+                expected.setdefault(KEYS_PREFIX + change.key.removeprefix(TENANT_PREFIX), 0)
         return await self._commit("revert", writes, expected, author, reverts=revision)
 
     async def adopt(self, writes: Mapping[str, str | None], author: Author) -> int:
@@ -319,8 +333,8 @@ class Control:
 
     def _new_key(self, key_id: str, expires_in_s: float | None) -> tuple[str, KeyRecord]:
         _checked(key_id, "key")
-        if expires_in_s is not None and not expires_in_s > 0:
-            raise InvalidRequestError("expires_in_s must be above 0", param="expires_in_s")
+        if expires_in_s is not None and not 0 < expires_in_s < math.inf:
+            raise InvalidRequestError("expires_in_s must be a time above 0", param="expires_in_s")
         text = KEY_START + secrets.token_urlsafe(32)
         now = self.now()
         return text, KeyRecord(
@@ -338,8 +352,8 @@ class Control:
             raise NoSuchTenantError(f"the tenant {tenant!r} has no key {key_id[:80]!r}")
         end = self.now() + in_s
         return tuple(
-            key.model_copy(update={"expires_at": min(end, key.expires_at or end)})
-            if key.id == key_id
+            key.model_copy(update={"expires_at": end})
+            if key.id == key_id and key.is_valid(end)
             else key
             for key in keys
         )
@@ -348,8 +362,9 @@ class Control:
         self, action: str, held: TenantState, keys: tuple[KeyRecord, ...], author: Author
     ) -> int:
         """Only while the tenant exists: its policy's revision is checked, too."""
+        keys = _without_oldest(keys, self.now())
         if len(keys) > MAX_KEYS:
-            raise InvalidRequestError(f"a tenant has at most {MAX_KEYS} keys")
+            raise InvalidRequestError(f"a tenant has at most {MAX_KEYS} keys that are valid")
         if keys == held.keys:
             return held.keys_revision
         document = KeysDocument(keys=keys)
@@ -411,6 +426,13 @@ def _shown(text: str | None) -> Any:
         return plain(text)
     except ValueError:
         return text
+
+
+def _without_oldest(keys: tuple[KeyRecord, ...], now: float) -> tuple[KeyRecord, ...]:
+    """Where there are too many, without those whose time was over first."""
+    over = sorted((key.expires_at or 0, key.id) for key in keys if not key.is_valid(now))
+    dropped = {key_id for _, key_id in over[: max(0, len(keys) - MAX_KEYS)]}
+    return tuple(key for key in keys if key.id not in dropped)
 
 
 def _with_new(held: TenantState, record: KeyRecord) -> tuple[KeyRecord, ...]:
