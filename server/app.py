@@ -127,6 +127,7 @@ def build_services(settings: Settings, engine: Engine, store: Store, writable: S
         replica,
         settings.sync_interval_s,
         lambda: replica_status(replica, settings, engine, directory, vectors, sync, started_at),
+        sync.changed,
     )
     return Services(
         settings=settings,
@@ -169,16 +170,14 @@ async def running(services: Services) -> AsyncIterator[None]:
 @asynccontextmanager
 async def following(services: Services) -> AsyncIterator[None]:
     """Keep in step with the store; wait a little for the first documents and their vectors."""
-    tasks = [
-        asyncio.create_task(each.run(), name=type(each).__name__)
-        for each in (services.sync, services.heartbeat)
-    ]
+    tasks = [asyncio.create_task(services.sync.run(), name="sync")]
     try:
         with suppress(TimeoutError):
             async with asyncio.timeout(START_WAIT_S):
                 await services.sync.wait_for_first_look()
                 if services.directory.is_synced:
                     await services.vectors.wait_until_settled()
+        tasks.append(asyncio.create_task(services.heartbeat.run(), name="heartbeat"))
         yield
     finally:
         for task in tasks:

@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +26,7 @@ from steering.stores.base import Store
 log = logging.getLogger("deshift.heartbeat")
 
 TIMEOUT_S = 3.0
+MIN_GAP_S = 0.1  # between two beats, however often something changes
 MIN_TTL_S = 5.0
 MAX_TOLD = 5  # problems; their number is told, too
 MAX_VECTORS_TOLD = 100
@@ -37,23 +39,36 @@ def replica_name(settings: Settings) -> str:
 
 
 class Heartbeat:
-    """`run` is its one task. Event loop only."""
+    """`run` is its one task. Event loop only.
+
+    `changed`, when set, is told of at once, so that operators see their change in force.
+    """
 
     def __init__(
-        self, store: Store, replica: str, interval_s: float, status: Callable[[], dict[str, Any]]
+        self,
+        store: Store,
+        replica: str,
+        interval_s: float,
+        status: Callable[[], dict[str, Any]],
+        changed: asyncio.Event,
     ) -> None:
         self._store = store
         self._replica = replica
         self._interval_s = interval_s
         self._status = status
+        self._changed = changed
         self._problem: str | None = None
 
     async def run(self) -> None:
         """Beat for ever; when cancelled, take this replica's heartbeat away."""
         try:
             while True:
+                self._changed.clear()
                 await self._beat(json.dumps(self._status(), separators=(",", ":")))
-                await asyncio.sleep(self._interval_s)
+                await asyncio.sleep(min(MIN_GAP_S, self._interval_s))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval_s):
+                        await self._changed.wait()
         finally:
             await self._beat("")
 

@@ -65,6 +65,7 @@ class Sync:
         self._confirmed: tuple[float, float] | None = None  # monotonic, wall
         self._compares_all = True
         self._is_deaf = False
+        self.changed = asyncio.Event()  # set when something new is in force; others clear it
         self._woken = asyncio.Event()
         self._looked = asyncio.Event()
 
@@ -193,6 +194,7 @@ class Sync:
         new = in_force.take(changes, is_taken_over)
         if new.documents or is_taken_over:
             self._directory.apply(new, is_taken_over)
+            self.changed.set()
         self._confirmed = time.monotonic(), time.time()
         self._report("ok", None)
         self._vectors.follow(self._directory.aliases, self._directory.aliases_in_use)

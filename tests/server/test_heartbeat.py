@@ -42,15 +42,29 @@ async def ended(task: "asyncio.Task[None]") -> None:
 async def test_it_beats_again_and_again_and_takes_itself_away() -> None:
     store = DeafStore()
     count = iter(range(100))
-    task = asyncio.create_task(Heartbeat(store, "one", 0.01, lambda: {"beat": next(count)}).run())
+    task = asyncio.create_task(
+        Heartbeat(store, "one", 0.01, lambda: {"beat": next(count)}, asyncio.Event()).run()
+    )
     await until(lambda: len(store.ttls) > 3)
     assert json.loads((await store.replicas())["one"])["beat"] >= 3
     assert set(store.ttls) == {5.0}
     await ended(task)
     assert await store.replicas() == {}
-    slow = asyncio.create_task(Heartbeat(store, "two", 30.0, dict).run())
+    slow = asyncio.create_task(Heartbeat(store, "two", 30.0, dict, asyncio.Event()).run())
     await until(lambda: store.ttls[-1] == 150.0)
     await ended(slow)
+
+
+async def test_what_changes_is_told_at_once_and_not_too_often() -> None:
+    store, changed = DeafStore(), asyncio.Event()
+    task = asyncio.create_task(Heartbeat(store, "one", 60.0, dict, changed).run())
+    await until(lambda: len(store.ttls) == 1)
+    for _ in range(20):
+        changed.set()
+        await asyncio.sleep(0.005)
+    await until(lambda: len(store.ttls) == 2)
+    await ended(task)
+    assert len(store.ttls) <= 4, "the last one takes it away"
 
 
 @pytest.mark.parametrize("kind", [ReadOnlyError, StoreError, ZeroDivisionError])
@@ -60,7 +74,7 @@ async def test_a_store_that_takes_no_heartbeat_stops_nothing_and_is_told_of_once
     caplog.set_level(logging.INFO, "deshift.heartbeat")
     store = DeafStore()
     store.error = kind("may not write")
-    task = asyncio.create_task(Heartbeat(store, "one", 0.01, dict).run())
+    task = asyncio.create_task(Heartbeat(store, "one", 0.01, dict, asyncio.Event()).run())
     await until(lambda: len(store.ttls) > 3)
     store.error = None
     await until(lambda: "one" in store._replicas)

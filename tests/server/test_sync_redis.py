@@ -163,7 +163,7 @@ async def test_a_damaged_set_under_a_switched_alias_leaves_the_last_good_one(
 async def test_a_replica_that_may_only_read_is_seen_by_the_operators(
     operator: RedisStore, server: RedisStore
 ) -> None:
-    heartbeat = Heartbeat(server, "one", 0.05, lambda: {"revision": 7})
+    heartbeat = Heartbeat(server, "one", 0.05, lambda: {"revision": 7}, asyncio.Event())
     task = asyncio.create_task(heartbeat.run())
     async with asyncio.timeout(10):
         while not (seen := await operator.replicas()):
