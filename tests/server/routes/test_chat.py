@@ -460,7 +460,9 @@ def test_without_vectors_an_operator_may_choose_to_serve_unsteered_and_the_answe
 ) -> None:
     client = client_for(vector_alias="missing", on_error="serve-unsteered")
     response = client.post(PATH, json=chat_body(images=1))
-    assert response.headers["x-deshift-steering"] == "mode=off; reason=vectors-unavailable; revision=0"
+    assert (
+        response.headers["x-deshift-steering"] == "mode=off; reason=vectors-unavailable; revision=0"
+    )
     assert response.json()["steering"]["reason"] == "vectors-unavailable"
     assert fake_engine.requests[0].delta is None
     ready = client.get("/ready")
