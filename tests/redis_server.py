@@ -94,6 +94,8 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "users.acl").write_text(users() if acl is None else acl)
+        # A copy: Sentinel has Redis rewrite its configuration.
+        (directory / "redis.conf").write_bytes((DEPLOY / "redis.conf").read_bytes())
         ports = {"port": str(self.port)}
         if tls is not None:
             ports = {
@@ -132,7 +134,7 @@ class RedisServer:
 
     def start(self) -> None:
         """Returns when the server answers and has loaded its data."""
-        command = [program("redis-server"), str(DEPLOY / "redis.conf")]
+        command = [program("redis-server"), str(self.directory / "redis.conf")]
         for name, value in self._settings.items():
             command += [f"--{name}", *value.split(" ")]
         with self.log.open("ab") as log:

@@ -182,23 +182,30 @@ class RedisStore:
         with self._explained():
             async with self._redis.pubsub() as listener:
                 await listener.subscribe(CHANNEL)
+                is_listening = False
                 while True:
-                    if await self._heard(listener):
+                    heard = await self._heard(listener)
+                    if heard == "subscribe" and is_listening:
+                        # The library did so by itself: messages, and more, may have been lost.
+                        raise StoreError(f"store {self.place}: the connection was lost")
+                    is_listening |= heard == "subscribe"
+                    if heard is not None:
                         yield
 
     async def close(self) -> None:
         with self._explained():
             await self._client.close()
 
-    async def _heard(self, listener: PubSub) -> bool:
-        """Whether something came; False for silence of a server that is still there."""
-        if await listener.get_message(timeout=_IDLE_S):
-            return True
-        await listener.ping()
-        answer = await listener.get_message(timeout=_ANSWER_S)
-        if answer is None:
-            raise StoreError(f"store {self.place}: no answer for {_IDLE_S + _ANSWER_S:g} s")
-        return bool(answer["type"] != "pong")
+    async def _heard(self, listener: PubSub) -> str | None:
+        """What kind of message came; None for silence of a server that is still there."""
+        message = await listener.get_message(timeout=_IDLE_S)
+        if message is None:
+            await listener.ping()
+            message = await listener.get_message(timeout=_ANSWER_S)
+            if message is None:
+                raise StoreError(f"store {self.place}: no answer for {_IDLE_S + _ANSWER_S:g} s")
+        kind = str(message["type"])
+        return None if kind == "pong" else kind
 
     async def _now(self, client: Any) -> int:
         """The server's wall time in microseconds: replicas' and operators' clocks may differ."""

@@ -120,6 +120,33 @@ async def test_a_listener_notices_a_dead_or_silent_server(
     await asyncio.wait_for(anext(again), 1)
 
 
+async def test_a_listener_tells_of_a_restart_that_it_could_pass_over(
+    own_redis: RedisServer, opened: Open
+) -> None:
+    """Redis is back before the listener looks: what was said in between is lost all the same."""
+    store = opened(own_redis.url())
+    wakeups = store.wakeups()
+    await anext(wakeups)
+    own_redis.restart()
+    with pytest.raises(StoreError, match="the connection was lost"):
+        await asyncio.wait_for(anext(wakeups), 3)
+
+
+async def test_a_call_that_was_given_up_does_not_mix_up_the_answers_of_the_next(
+    own_redis: RedisServer, opened: Open
+) -> None:
+    store = opened(own_redis.url())
+    await store.commit({"a": "1"}, {}, "")
+    own_redis.pause()
+    for use in (store.changes(), store.get(["a"]), store.audit(1)):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(use, 0.2)
+    own_redis.resume()
+    assert await store.replicas() == {}
+    assert await store.get(["a"]) == {"a": Document("a", "1", 1)}
+    assert (await store.changes()).revision == 1
+
+
 class LosesAnswers:
     """A proxy between a client and Redis that can swallow the answer to the next EXEC."""
 

@@ -64,6 +64,26 @@ def test_redis_refuses_to_start_until_the_passwords_are_filled_in(tmp_path: Path
         server.start()
 
 
+def test_what_the_server_runs_with_is_what_deploy_says(redis_server: RedisServer) -> None:
+    wanted = {
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "aof-load-truncated": "yes",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "protected-mode": "yes",
+    }
+    with redis_server.admin() as admin:
+        assert {name: admin.config_get(name)[name] for name in wanted} == wanted  # type: ignore[index]
+        users: Any = admin.acl_list()
+    assert sorted(user.split(" ")[1:3] for user in users) == [
+        ["default", "off"],
+        ["deshift-operator", "on"],
+        ["deshift-server", "on"],
+        ["test-admin", "on"],
+    ]
+
+
 async def test_everything_lies_under_the_prefix_that_the_acl_names(
     redis_server: RedisServer, opened: Open
 ) -> None:
