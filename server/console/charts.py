@@ -57,12 +57,13 @@ def consistency_chart(numbers: Sequence[LayerView]) -> Markup:
 
 
 class Scale:
-    """Layers and values -> places in the drawing. The axis ends on a round tick above `highest`."""
+    """Layers and values -> places in the drawing. The axis ends on a round tick at or above
+    `highest`, and above 0."""
 
     def __init__(self, lowest: float, highest: float, num_layers: int) -> None:
         self.step = round_step((highest - lowest) / 4)
         self.low = math.floor(lowest / self.step + 1e-9) * self.step
-        self.high = math.ceil(highest / self.step - 1e-9) * self.step
+        self.high = max(math.ceil(highest / self.step - 1e-9), 1) * self.step
         self.num_layers = num_layers
         self.slot = (WIDTH - LEFT - RIGHT) / num_layers
 

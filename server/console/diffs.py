@@ -23,12 +23,11 @@ ACTIONS = {
     "kill.set": "set the kill switch",
     "revert": "reverted a change",
 }
-NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One field of a document before and after."""
+    """One field of a document before and after; "" where there is none."""
 
     field: str
     before: str
@@ -81,12 +80,10 @@ def _lines(change: DocumentChange) -> Iterator[Line]:
         before = _defaults(change.key)
     elif exists == (True, False):
         after = _defaults(change.key)
-    if exists[0] != exists[1] and subject_of(change.key).kind == "tenant":
-        yield Line("tenant", *("exists" if each else NOTHING for each in exists))
     for name in [*after, *(name for name in before if name not in after)]:
-        old, new = before.get(name, NOTHING), after.get(name, NOTHING)
+        old, new = before.get(name, ""), after.get(name, "")
         if old != new:
-            yield Line(name, old if exists[0] else NOTHING, new if exists[1] else NOTHING)
+            yield Line(name, old if exists[0] else "", new if exists[1] else "")
 
 
 def _fields(key: str, document: Any) -> dict[str, str]:

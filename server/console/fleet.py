@@ -17,7 +17,6 @@ from server.documents import KillAction, PolicyFields
 # possible; unreachable: the replica has lost the store.
 State = Literal["in-force", "behind", "killed", "failing", "unreachable"]
 STALE_AFTER_S = 10.0  # a snapshot this old was not renewed several times in a row
-MAX_SHOWN_REPLICAS = 4  # in a tenant's row; beyond it those in force are only counted
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class InForce:
 
 @dataclass(frozen=True)
 class TenantRow:
-    """asked: alpha, or `off`. shown: the replicas worth naming; num_more: others, all in force."""
+    """asked: alpha, or `off`. ends_at, changed_at: unix seconds."""
 
     name: str
     asked: str
@@ -75,13 +74,16 @@ class TenantRow:
     revision: int
     ends_at: float | None
     replicas: tuple[InForce, ...]
-    shown: tuple[InForce, ...] = ()
-    num_more: int = 0
     changed_at: float | None = None
 
     @property
-    def num_in_force(self) -> int:
-        return sum(each.state == "in-force" for each in self.replicas)
+    def in_force(self) -> list[str]:
+        """The replicas that do what is asked."""
+        return [each.replica for each in self.replicas if each.state == "in-force"]
+
+    @property
+    def others(self) -> list[InForce]:
+        return [each for each in self.replicas if each.state != "in-force"]
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,6 @@ def tenant_row(
     policy = tenant.document.in_force(now)
     until = tenant.document.until
     each = tuple(in_force(tenant, policy, state, replica) for replica in replicas)
-    shown = each
-    if len(each) > MAX_SHOWN_REPLICAS:
-        shown = tuple(one for one in each if one.state != "in-force")[:MAX_SHOWN_REPLICAS]
     return TenantRow(
         name=tenant.name,
         asked=asked_of(policy),
@@ -161,8 +160,6 @@ def tenant_row(
         revision=tenant.revision,
         ends_at=until.at if until is not None and now < until.at else None,
         replicas=each,
-        shown=shown,
-        num_more=len(each) - len(shown),
     )
 
 

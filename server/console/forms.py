@@ -36,7 +36,7 @@ class FormField:
     def bounds(self) -> str:
         """In words, e.g. `0 to 100`."""
         if self.minimum and self.maximum:
-            return f"{self.minimum} to {self.maximum}"
+            return f"{self.minimum} to {float(self.maximum):,.15g}"
         if self.minimum:
             return f"above {self.minimum}" if self.over else f"{self.minimum} or more"
         return ""

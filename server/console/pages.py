@@ -55,7 +55,7 @@ class Change:
 
     operator: Operator
     fields: Mapping[str, str]
-    files: Mapping[str, UploadFile]
+    files: Mapping[str, bytes]
 
     def text(self, name: str) -> str:
         return self.fields.get(name, "").strip()
@@ -76,10 +76,13 @@ class Change:
 async def read_change(request: Request) -> Change:
     """Knows the operator before it reads the body. Raises AuthenticationError, CsrfError."""
     operator = operator_of(request)
-    form = await request.form()
-    items = form.multi_items()
-    fields = {name: value for name, value in items if isinstance(value, str)}
-    files = {name: value for name, value in items if isinstance(value, UploadFile)}
+    fields, files = {}, {}
+    async with request.form() as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files[name] = await value.read()
+            else:
+                fields[name] = value
     if operator.via == "console":
         check_csrf(request, fields.get("csrf", ""))
     return Change(operator, fields, files)

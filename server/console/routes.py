@@ -73,11 +73,11 @@ async def show_sign_in(request: Request) -> Response:
 
 @router.post("/sign-in")
 async def sign_in(request: Request) -> Response:
-    form = await request.form()
-    where = local_path(str(form.get("next", "/")))
+    async with request.form() as form:
+        where, key = local_path(str(form.get("next", "/"))), str(form.get("key", ""))
     response = RedirectResponse(where, 303)
     try:
-        log_in(request, response, str(form.get("key", "")))
+        log_in(request, response, key)
     except (AuthenticationError, RateLimitError) as error:
         return _sign_in_page(request, where, error_status(error), str(error))
     return response
@@ -240,7 +240,8 @@ def _chosen(sets: list[VectorView], wanted: str) -> VectorView | None:
 def _provenance(each: VectorView) -> list[tuple[str, str]]:
     manifest = dict(each.manifest)
     model, versions = dict(manifest.pop("model")), dict(manifest.pop("versions"))
-    rows = [("id", each.id), *(("model " + name, value) for name, value in model.items())]
+    rows = [("id", each.id), ("model", model.pop("model_id"))]
+    rows += [("model's " + name, value) for name, value in model.items()]
     rows += [*manifest.items(), ("size", f"{each.size_bytes:,} bytes")]
     rows += [("version of " + name, value) for name, value in versions.items()]
     return [

@@ -26,7 +26,7 @@ HISTORY_SIZE = 10
 MEANWHILE_SIZE = 50  # changes that a stale form is told of
 HOUR, DAY = 3600, 86400
 DURATIONS = (
-    ("", "until somebody changes it"),
+    ("", "until changed"),
     (str(HOUR // 4), "15 minutes"),
     (str(HOUR // 2), "30 minutes"),
     (str(HOUR), "1 hour"),

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.admin.auth import operator_of
-from server.admin.preview import PreviewBody, PreviewDesk
+from server.admin.preview import PreviewAnswer, PreviewBody, PreviewDesk
 from server.console.forms import TypedPolicy, field_groups, read_policy, values_of
 from server.console.pages import Change, ConsolePage, done, read_change, render, tenant_path
 from server.console.tenant_page import (
@@ -176,7 +176,7 @@ async def preview(request: Request, name: str) -> Response:
     asked = Asked(change.text("question"), change.text("alpha_a"), change.text("alpha_b"))
     desk: PreviewDesk = request.app.state.preview
     try:
-        body = await _preview_body(name, asked, change)
+        body = _preview_body(name, asked, change)
         found = await desk.preview(body, request.receive)
     except NoSuchTenantError:
         raise
@@ -184,19 +184,21 @@ async def preview(request: Request, name: str) -> Response:
         return await tenant_page(
             request, name, error_status(error), asked=asked, preview_error=str(error)
         )
-    answers = [
-        Answer(
-            each.alpha, each.text, f"{each.steering.mode}, {each.usage.completion_tokens} tokens"
-        )
-        for each in found.answers
-    ]
+    answers = [Answer(each.alpha, each.text, _about(each)) for each in found.answers]
     return await tenant_page(request, name, asked=asked, answers=answers)
 
 
-async def _preview_body(name: str, asked: Asked, change: Change) -> PreviewBody:
+def _about(answer: PreviewAnswer) -> str:
+    steering = answer.steering
+    told = f"mode {steering.mode}, dose {steering.relative_dose:.3f}"
+    if steering.reason is not None:
+        told = f"not steered: {steering.reason}"
+    return f"{told} · {answer.usage.completion_tokens} tokens · {answer.finish_reason}"
+
+
+def _preview_body(name: str, asked: Asked, change: Change) -> PreviewBody:
     """Raises InvalidRequestError."""
-    picture = change.files.get("picture")
-    data = b"" if picture is None else await picture.read()
+    data = change.files.get("picture")
     if not data:
         raise InvalidRequestError("choose a picture", param="picture")
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
