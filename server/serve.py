@@ -8,7 +8,8 @@ import errno
 import logging
 import signal
 import socket
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -110,8 +111,9 @@ class AdminServer(uvicorn.Server):
     def __init__(self, app: FastAPI) -> None:
         super().__init__(_config(app))
 
-    def capture_signals(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -26,6 +26,7 @@ from server.admin.routes import (
 )
 from server.admin.shelf import VectorShelf
 from server.config import is_loopback
+from server.console.routes import router as console
 from server.engine.types import EngineError
 from server.errors import (
     InvalidRequestError,
@@ -81,6 +82,7 @@ def create_admin_app(services: Services) -> FastAPI:
         api.include_router(module.router)
     app.include_router(api)
     app.include_router(status.router, include_in_schema=False)
+    app.include_router(console)
     for kind in (*_ERRORS, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(  # innermost

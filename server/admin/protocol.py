@@ -82,7 +82,8 @@ class PolicyPut(Model):
     revision: Revision
     reason: Reason
     expires_in_s: Seconds | None = Field(
-        None, description="After so many seconds what is in force now is in force again."
+        None,
+        description="After so many seconds the last policy without an end is in force again.",
     )
 
 
@@ -93,7 +94,8 @@ class PolicyPatch(Model):
     revision: Revision | None = None
     reason: Reason
     expires_in_s: Seconds | None = Field(
-        None, description="After so many seconds what is in force now is in force again."
+        None,
+        description="After so many seconds the last policy without an end is in force again.",
     )
 
 
@@ -304,8 +306,8 @@ class InForceView(BaseModel):
 
     revision: of the policy, 0: of the server's settings; store_revision: the newest commit that
     this replica has taken up. kill: the stricter of the fleet's switch and this replica's own; it
-    goes before mode and alpha. vector is null in mode dataset where there is none: `problem` says
-    why. store, age_s: as in the store's own view.
+    goes before mode and alpha. problem: what keeps pictures from being steered so, the vectors or
+    the dose. store, age_s: as in the store's own view.
     """
 
     tenant: str

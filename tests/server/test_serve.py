@@ -372,12 +372,9 @@ def server_process() -> Iterator[ServerProcess]:
     server.process.communicate()
 
 
-def test_sigterm_stops_the_process_with_exit_code_zero(server_process: ServerProcess) -> None:
-    server_process.process.send_signal(signal.SIGTERM)
-    assert "Traceback" not in server_process.end()
-
-
-def test_each_listener_has_its_own_paths(server_process: ServerProcess) -> None:
+def test_each_listener_has_its_own_paths_and_both_stop_on_sigterm(
+    server_process: ServerProcess,
+) -> None:
     key = {"authorization": "Bearer operator-key-of-alice"}
     tenants = "/admin/v1/tenants"
     assert httpx.get(server_process.admin_url + tenants, headers=key).status_code == 200
@@ -391,6 +388,8 @@ def test_each_listener_has_its_own_paths(server_process: ServerProcess) -> None:
     for url in (server_process.url, server_process.admin_url):
         assert httpx.get(url + "/health").status_code == 200
         assert httpx.get(url + "/ready").status_code == 200
+    server_process.process.send_signal(signal.SIGTERM)
+    assert "Traceback" not in server_process.end()
 
 
 def test_operators_are_answered_while_clients_drain_and_then_both_end(

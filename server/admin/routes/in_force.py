@@ -23,8 +23,8 @@ def in_force_view(services: Services, tenant: str) -> InForceView:
         policy = services.directory.policy(tenant, time.time())
     except AuthenticationError:
         raise NoSuchTenantError(f"this replica knows no tenant {tenant!r}") from None
-    needs_vectors = policy.is_active and policy.mode == "dataset"
-    vectors = services.vectors.active(policy.vector_alias) if needs_vectors else None
+    uses_vectors = policy.is_active and policy.mode == "dataset"
+    vectors = services.vectors.active(policy.vector_alias) if uses_vectors else None
     status = services.sync.status
     return InForceView(
         tenant=tenant,
@@ -39,5 +39,5 @@ def in_force_view(services: Services, tenant: str) -> InForceView:
         kill=services.directory.kill,
         store=status.store,
         age_s=status.age_s,
-        problem=services.vectors.problem(policy.vector_alias) if needs_vectors else None,
+        problem=services.vectors.problem_of(policy),
     )

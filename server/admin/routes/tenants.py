@@ -95,10 +95,10 @@ async def patch_policy(
     written = author(operator, body.reason)
     held = await control.tenant(name)
     until = held.document.until
-    if until is not None and time.time() < until.at:
+    if body.expires_in_s is None and until is not None and time.time() < until.at:
         raise InvalidRequestError(
             f"the policy of {name!r} is a temporary one: a change of some fields would make all "
-            "of it permanent. PUT the whole policy",
+            "of it permanent. Say expires_in_s, or PUT the whole policy",
             param="changes",
         )
     policy = _changed(held.document.in_force(time.time()), body.changes)

@@ -65,6 +65,7 @@ def opened(fake_engine: FakeEngine) -> Opened:
         ) as client:
             client.services = services
             yield client
+        await services.vectors.close()
         services.pool.shutdown()
 
     return open_admin

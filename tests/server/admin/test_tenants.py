@@ -172,6 +172,8 @@ async def test_a_patch_does_not_make_a_temporary_policy_permanent(admin: Admin) 
     patch = {"changes": {"concurrency": 5}, "reason": "more room"}
     refused = await admin.patch(f"{TENANTS}/acme/policy", json=patch)
     assert refused.status_code == 400 and "temporary" in error_of(refused)["message"]
+    patched = await admin.patch(f"{TENANTS}/acme/policy", json=patch | {"expires_in_s": 60})
+    assert patched.status_code == 200
     assert (await admin.get(f"{TENANTS}/acme")).json()["until"]["then"]["alpha"] == 0.6
 
 
