@@ -72,9 +72,10 @@ class Sync:
     @property
     def status(self) -> SyncStatus:
         monotonic, wall = self._confirmed or (None, None)
+        late = f"changes are not announced; they are in force within {self._interval_s:g} s"
         return SyncStatus(
             store=self._state,
-            problem=self._problem,
+            problem=self._problem or (late if self._is_deaf else None),
             revision=self._in_force.revision,
             epoch=self._in_force.epoch,
             age_s=None if monotonic is None else time.monotonic() - monotonic,
@@ -101,7 +102,7 @@ class Sync:
         except StoreError as error:
             self._lost(str(error))
         except Exception as error:  # a task that ends would leave this replica behind for good
-            if self._state != "unreachable":
+            if self._state != "unreachable" or not self._looked.is_set():
                 log.exception("reading the store failed")
             self._lost(f"reading the store failed: {type(error).__name__}")
         self._looked.set()

@@ -110,9 +110,10 @@ class VectorCatalogue:
         """
         if targets == self._targets and in_use == self._in_use:
             return
+        known_missing = self._in_use - self._targets.keys()
         self._targets, self._in_use = dict(targets), in_use
         wanted = self._wanted()
-        for alias in in_use - targets.keys():
+        for alias in in_use - targets.keys() - known_missing:
             log.warning("vectors: %s", self.problem(alias))
         ids = list(dict.fromkeys(targets[alias] for alias in wanted if alias in targets))
         for vector_id in self._tasks.keys() - set(ids):

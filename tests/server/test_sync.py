@@ -117,6 +117,21 @@ async def test_a_lost_message_heals_within_the_interval(store: FaultyStore) -> N
         await until(lambda: replica.alpha() == 0.75)
 
 
+async def test_a_store_that_may_be_read_and_not_heard_is_followed_by_the_interval(
+    store: FaultyStore,
+) -> None:
+    store.listen_error = StoreError("no permission to subscribe")
+    await set_alpha(store, 0.25)
+    async with replica_of(store, interval_s=0.05) as replica:
+        await until(lambda: replica.sync.status.problem)
+        status = replica.sync.status
+        assert status.store == "ok" and "not announced" in str(status.problem)
+        await set_alpha(store, 0.75)
+        await until(lambda: replica.alpha() == 0.75)
+        store.listen_error = None
+        await until(lambda: replica.sync.status.problem is None)
+
+
 async def test_a_lost_store_leaves_the_last_good_documents_and_is_taken_up_again(
     store: FaultyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
