@@ -1,0 +1,31 @@
+"""The demonstration's store."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.demo.setup import keep
+from steering.stores import opened_store
+from steering.stores.base import aliases
+from tests.steering.samples import shift_vectors
+
+pytestmark = pytest.mark.anyio
+
+ONE, TWO = shift_vectors(1), shift_vectors(2)
+
+
+async def test_setting_up_again_changes_nothing_and_new_vectors_move_the_alias(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path}/demo.db"
+    for vectors in (ONE, ONE, TWO):
+        await keep(url, vectors.to_bytes(), "demo", by="deshift demo")
+    async with opened_store(url) as store:
+        assert await aliases(store) == {"demo": TWO.id}
+        entries = [json.loads(record.entry) for record in await store.audit(9)]
+    assert [entry["by"] for entry in entries] == ["deshift demo"] * 2
+    assert [entry["changes"][0]["after"] for entry in entries] == [
+        {"vector": TWO.id},
+        {"vector": ONE.id},
+    ]
