@@ -22,6 +22,7 @@ import httpx
 import openai
 import pytest
 
+from steering.stores import opened_store
 from tests.server.engine.conftest import picture
 from tests.tiny_models import build_tiny_llava
 
@@ -35,7 +36,7 @@ ANCHORS = [
 def deshift(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "server.cli", *arguments],
-        env=os.environ | environment,
+        env=os.environ | {"DESHIFT_ADMIN_PORT": "0"} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -138,7 +139,7 @@ def serving(site: Site, tmp_path: Path, **environment: str) -> Iterator[Server]:
                 *("--port", str(port), "--store", site.store_url, "--dtype", "float32"),
                 *("--max-model-len", "512", "--alpha", "0.5", "--max-rows", "16"),
             ],
-            env=os.environ | environment,
+            env=os.environ | {"DESHIFT_ADMIN_PORT": "0"} | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
@@ -342,7 +343,7 @@ def test_kill_and_restart_lose_no_vector(site: Site, tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def corrupt_vectors(site: Site) -> str:
+def corrupt_vectors(site: Site) -> None:
     """Point the alias to a set whose blob has a flipped byte, behind the commands' back."""
     with sqlite3.connect(site.store) as connection:
         (data,) = connection.execute("select data from vectors").fetchone()
@@ -351,8 +352,12 @@ def corrupt_vectors(site: Site) -> str:
         connection.execute(
             "insert into vectors select ?, manifest, ?, 99 from vectors", ("f" * 64, bytes(broken))
         )
-        connection.execute("update aliases set vector_id = ?", ("f" * 64,))
-    return "f" * 64
+
+    async def switch() -> None:
+        async with opened_store(site.store_url) as store:
+            await store.commit({"alias/default": json.dumps({"vector": "f" * 64})}, {}, "{}")
+
+    asyncio.run(switch())
 
 
 def test_the_last_good_vectors_stay_when_the_new_ones_are_damaged(
