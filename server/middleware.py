@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.config import Settings, is_loopback, parse_admin_keys
+from server.config import PREFIX, Settings, is_loopback, parse_admin_keys
 from server.control import KEY_START
 from server.directory import Principal, TenantDirectory
 from server.documents import DEFAULT_TENANT
@@ -136,8 +136,9 @@ class LoopbackHost:
     (DNS rebinding) would otherwise be same-origin with it in a browser on this machine.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, setting: str = f"{PREFIX}API_KEY") -> None:
         self._app = app
+        self._setting = setting  # what lets other names in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else "localhost"
@@ -145,7 +146,7 @@ class LoopbackHost:
         if match is None or not is_loopback(match[1] or match[2]):
             error = ForbiddenHostError(
                 f"the Host {host[:80]!r} is not this machine's own: ask for http://127.0.0.1 or "
-                "http://localhost, or set DESHIFT_API_KEY"
+                f"http://localhost, or set {self._setting}"
             )
             await error_response(error)(scope, receive, send)
             return

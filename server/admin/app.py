@@ -25,7 +25,7 @@ from server.admin.routes import (
     vectors,
 )
 from server.admin.shelf import VectorShelf
-from server.config import is_loopback
+from server.config import PREFIX, is_loopback
 from server.console.routes import router as console
 from server.engine.types import EngineError
 from server.errors import (
@@ -90,7 +90,7 @@ def create_admin_app(services: Services) -> FastAPI:
     )
     app.add_middleware(OperatorsOnly)
     if is_loopback(services.settings.admin_host):
-        app.add_middleware(LoopbackHost)
+        app.add_middleware(LoopbackHost, setting=f"{PREFIX}ADMIN_HOST")
     app.add_middleware(RequestContext, in_flight=InFlight())  # operators are no load
     app.add_middleware(SecurityHeaders)
     return app

@@ -19,17 +19,17 @@ from starlette.types import Receive
 from server.admin.protocol import Model, NewName
 from server.convert import AnswerHead, WholeAnswer, engine_messages, sampling_params
 from server.documents import PolicyFields
-from server.engine.types import EngineRequest, PairError, QueueFullError
+from server.engine.types import EngineRequest, QueueFullError
 from server.errors import InvalidRequestError, RequestTimeoutError
 from server.generation import Generation
 from server.media import decode_images
 from server.policy import Override, Policy, decide
+from server.prompts import prepared
 from server.protocol import ChatCompletionRequest, Message
 from server.replies import ChatCompletion, SteeringReport, Usage
 from server.services import Services
 from server.steered import Steered
 from steering.errors import PlanError
-from steering.plan import SteeringPlan
 
 MAX_TOKENS = 512
 MAX_ALPHAS = 4
@@ -160,7 +160,13 @@ class PreviewDesk:
         except PlanError as error:
             raise InvalidRequestError(f"alpha {alpha:g}: {error}", param="alphas") from None
         inputs, plan = await asyncio.get_running_loop().run_in_executor(
-            services.pool, self._prepare, prompt, plan, policy
+            services.pool,
+            prepared,
+            services.engine,
+            prompt.messages,
+            prompt.images,
+            plan,
+            policy.on_error,
         )
         generation = Generation(services.engine, services.bridge)
         request = EngineRequest(
@@ -181,17 +187,6 @@ class PreviewDesk:
                 for event in events:
                     answer.add(event)
         return _shown(alpha, ChatCompletion.model_validate_json(answer.body()))
-
-    def _prepare(self, prompt: _Prompt, plan: SteeringPlan, policy: Policy) -> Any:
-        """In the pool."""
-        engine = self._services.engine
-        try:
-            inputs = engine.prepare(prompt.messages, prompt.images, plan.corruption_in_force)
-            return inputs, plan
-        except PairError:
-            if policy.on_error == "reject":
-                raise
-        return engine.prepare(prompt.messages, prompt.images), plan.unsteered("shift-failed")
 
 
 def _refuse_half_characters(wire: ChatCompletionRequest) -> None:

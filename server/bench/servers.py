@@ -161,5 +161,6 @@ def deshift_serve(
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     log = logs / f"{name.replace(' ', '-')}.log"
+    env = {**env, f"{PREFIX}ADMIN_PORT": "0"}  # any free one: nobody operates it
     with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
         yield Target(name, url, pid=process.pid)

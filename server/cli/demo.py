@@ -12,6 +12,7 @@ import httpx
 import typer
 from rich.console import Console
 
+from server.config import PREFIX
 from server.demo import cases, show
 from server.errors import ServerError
 from server.process import ChildError, child_server, end_of_log, is_port_free
@@ -53,7 +54,7 @@ def _serve_and_show(console: Console, port: int, once: bool) -> None:
     log = cache / "demo-server.log"
     start = time.monotonic()
     console.print(f"Building the demonstration model in {cache} (half a minute the first time)")
-    env = setup.environment(setup.prepare(cache))
+    env = setup.environment({**setup.prepare(cache), f"{PREFIX}ADMIN_PORT": "0"})
     console.print(f"Starting the server (its log: {log})")
     command = [sys.executable, "-m", "server.cli", "serve", "--host", HOST, "--port", str(port)]
     with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:

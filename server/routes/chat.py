@@ -20,12 +20,13 @@ from starlette.types import Receive
 from server.answers import StreamResponse, WholeResponse
 from server.convert import AnswerHead, engine_messages, override_of, sampling_params
 from server.directory import Principal
-from server.engine.types import EngineInputs, EngineRequest, OnError, PairError, QueueFullError
+from server.engine.types import EngineInputs, EngineRequest, OnError, QueueFullError
 from server.errors import InvalidRequestError, RequestTimeoutError
 from server.generation import ClientLeftError, Generation, until_left
 from server.media import decode_images
 from server.middleware import body_share_of, principal_of, record_of
 from server.policy import Policy, decide
+from server.prompts import prepared
 from server.protocol import ChatCompletionRequest, parse_chat
 from server.routes.models import check_model
 from server.services import Services, services_of
@@ -165,12 +166,5 @@ async def _prepared(
 def _prepare(
     services: Services, wire: ChatCompletionRequest, plan: SteeringPlan, on_error: OnError
 ) -> tuple[EngineInputs, SteeringPlan]:
-    """Without its pair of prompts the request goes on unsteered if the policy says so."""
     images = decode_images(wire.image_urls, services.media_limits)
-    messages, engine = engine_messages(wire.messages), services.engine
-    try:
-        return engine.prepare(messages, images, plan.corruption_in_force), plan
-    except PairError:
-        if on_error == "reject":
-            raise
-    return engine.prepare(messages, images), plan.unsteered("shift-failed")
+    return prepared(services.engine, engine_messages(wire.messages), images, plan, on_error)

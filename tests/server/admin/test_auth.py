@@ -116,6 +116,7 @@ async def test_another_host_name_is_refused_on_a_loopback_listener(opened: Opene
     async with opened() as admin:
         evil = await admin.get(f"{API}/tenants", headers={"host": "evil.example:8001"})
         assert (evil.status_code, evil.json()["error"]["code"]) == (403, "host_not_allowed")
+        assert "DESHIFT_ADMIN_HOST" in evil.json()["error"]["message"]
     async with opened(admin_host="0.0.0.0") as admin:
         headers = {"host": "operators.example"}
         assert (await admin.get(f"{API}/tenants", headers=headers)).status_code == 200

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from steering.errors import StoreError
+from steering.errors import ReadOnlyError, StoreError
 from steering.stores.base import Changes, Document
 from steering.stores.memory import MemoryStore
 from tests.server.admin.conftest import API, Admin, Opened
@@ -132,3 +132,13 @@ async def test_everything_else_is_a_503_while_the_store_is_down(opened: Opened) 
         in_force = (await admin.get(f"{API}/tenants/acme/in-force")).json()
         assert (in_force["store"], in_force["revision"]) == ("unreachable", 1)
         assert (await admin.get(f"{API}/store")).json()["state"] == "unreachable"
+
+
+async def test_credentials_that_may_only_read_are_a_403(opened: Opened) -> None:
+    class ReadOnlyStore(MemoryStore):
+        async def commit(self, *_: object) -> int:
+            raise ReadOnlyError("this user may not write")
+
+    async with opened(ReadOnlyStore()) as admin:
+        response = await admin.post(f"{API}/tenants", json={"name": "acme", "reason": "try"})
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "store_read_only")
