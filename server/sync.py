@@ -143,7 +143,8 @@ class Sync:
                 self._report_deaf(str(error))
             except Exception as error:  # as in `look`
                 self._report_deaf(type(error).__name__)
-            self._woken.set()  # what ended the listening may have ended more
+            self._compares_all = True  # what ended the listening may have ended more
+            self._woken.set()
             if time.monotonic() - started > MAX_DELAY_S:
                 delays = backoff(FIRST_DELAY_S, MAX_DELAY_S)
             await asyncio.sleep(next(delays))

@@ -266,6 +266,34 @@ async def test_a_store_that_lost_the_newest_changes_is_foreign_also_when_it_coun
         assert "lost changes" in str(replica.sync.status.problem) and replica.alpha() == 0.75
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_store_that_is_exchanged_between_two_reads_is_noticed_by_the_lost_listening(
+    store: FaultyStore, when: str
+) -> None:
+    """No read fails: the next one would have taken the newest of the other's changes for ours."""
+    await set_alpha(store, 0.25)
+    older = store.copy()
+    await set_alpha(store, 0.75)
+    for alpha in (0.4, 0.5):
+        await set_alpha(older, alpha, "other")
+    async with replica_of(store) as replica:
+        await asyncio.sleep(0.05)  # it listens, and has looked after that
+        store.is_silent, store.listen_error = True, StoreError("connection lost")
+        if when == "before":
+            store.become(older)
+        for listener in store._listeners:
+            listener.set()
+        await until(lambda: not store._listeners)
+        if when == "after":
+            await until(lambda: "not announced" in str(replica.sync.status.problem))
+            num_reads = store.num_reads
+            await until(lambda: store.num_reads > num_reads)
+            store.become(older)
+            store.is_silent, store.listen_error = False, None
+        await until(lambda: replica.sync.status.store == "foreign")
+        assert replica.alpha() == 0.75 and replica.directory.num_tenants == 1
+
+
 async def foreign_fleet(store: FaultyStore, replicas: list[Replica]) -> None:
     store.become(MemoryStore())
     await until(lambda: all(each.sync.status.store == "foreign" for each in replicas))
