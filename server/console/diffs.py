@@ -22,6 +22,8 @@ ACTIONS = {
     "alias.set": "activated a vector set",
     "kill.set": "set the kill switch",
     "revert": "reverted a change",
+    "store.adopt": "let the store's data go on",
+    "store.restore": "restored what was in force",
 }
 
 

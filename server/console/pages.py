@@ -36,6 +36,8 @@ MESSAGES = {
     "reverted": "Reverted in revision {revision}.",
     "kill": "Kill switch set in revision {revision}.",
     "local-kill": "Kill switch of this replica alone set.",
+    "restored": "The store says again what was in force, as revision {revision}.",
+    "adopted": "The store's data go on, as revision {revision}.",
     "activated": "Activated in revision {revision}.",
 }
 HEADINGS = {

@@ -1,14 +1,11 @@
-"""The console's pages but for the tenants' (tenants.py): sign-in, fleet, vectors, audit, files.
+"""The console: sign-in, vectors, audit, files; the fleet (fleet_page.py) and tenants (tenants.py).
 
 Thin: what a page shows is built by fleet.py, diffs.py and charts.py, what a change does by
 server/control.py. Every change is a form with a token and a reason, and ends in a redirect.
 """
 
-import logging
-import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
@@ -18,10 +15,9 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from server.admin.auth import auth_of, log_in, log_out, operator_of
 from server.admin.protocol import VectorView
 from server.admin.shelf import VectorShelf, alias_views
-from server.console import tenants
+from server.console import fleet_page, tenants
 from server.console.charts import consistency_chart, relative_norm_chart
 from server.console.diffs import readable
-from server.console.fleet import FleetView, read_fleet, tenant_page, with_ages
 from server.console.pages import (
     Change,
     ConsolePage,
@@ -31,20 +27,17 @@ from server.console.pages import (
     read_change,
     render,
 )
-from server.control import StoreState
-from server.documents import NAME_FORM, KillAction
+from server.documents import NAME_FORM
 from server.errors import (
     AuthenticationError,
     InvalidRequestError,
     RateLimitError,
     error_status,
 )
-from server.services import Services, services_of
-from steering.errors import ConflictError, StoreError
+from server.services import services_of
+from steering.errors import ConflictError
 
-log = logging.getLogger("deshift.admin")
 router = APIRouter(route_class=ConsolePage, include_in_schema=False)
-PAGE_SIZE = 50  # tenants
 AUDIT_SIZE = 30
 STATIC = Path(__file__).parent / "static"
 FILES = {
@@ -52,11 +45,6 @@ FILES = {
     "console.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
-KILL_CHOICES = (
-    ("none", "Off.", "Every tenant's policy decides."),
-    ("unsteered", "Steer nobody.", "Requests are answered without steering, and say so."),
-    ("reject", "Refuse pictures.", "Every request with a picture gets an error."),
-)
 
 
 @router.get("/static/{name}")
@@ -96,84 +84,6 @@ def _sign_in_page(request: Request, where: str, status: int = 200, error: str = 
     # Without a session no name and no token: this form carries the key itself.
     return render(
         request, "sign_in.html", status, next=where, has_keys=has_keys, error=error, operator=""
-    )
-
-
-@router.get("/")
-async def fleet(request: Request) -> Response:
-    operator_of(request)
-    return await _fleet_page(request)
-
-
-@router.post("/kill")
-async def set_kill(request: Request) -> Response:
-    change = await read_change(request)
-    services = services_of(request)
-    try:
-        action = _kill_action(change)
-        if change.text("scope") == "replica":
-            _set_local_kill(services, action, change)
-            return done("/", "local-kill")
-        revision = await services.control.set_kill(action, change.author, change.number("revision"))
-    except (InvalidRequestError, ConflictError, StoreError) as error:
-        return await _fleet_page(request, error_status(error), str(error), change)
-    return done("/", "kill", revision)
-
-
-def _kill_action(change: Change) -> KillAction:
-    action = change.text("action")
-    for known in get_args(KillAction):
-        if action == known:
-            if change.text("sure") != "yes":
-                raise InvalidRequestError("tick the box that says you want this", param="sure")
-            return known
-    raise InvalidRequestError("choose what the kill switch does", param="action")
-
-
-def _set_local_kill(services: Services, action: KillAction, change: Change) -> None:
-    author = change.author
-    services.directory.local_kill = action
-    told = "kill switch of this replica: %s, by %s via %s: %a"
-    log.warning(told, action, author.by, author.via, author.reason)
-
-
-async def _fleet_page(
-    request: Request, status: int = 200, error: str = "", typed: Change | None = None
-) -> Response:
-    """Without the store there is still this replica's own kill switch, so this never raises."""
-    services, query = services_of(request), request.query_params
-    now = time.time()
-    state, view, page, problem = StoreState("", 0, {}, {}, "none", 0, {}), FleetView([]), None, ""
-    try:
-        state, view = await read_fleet(services.control)
-        page = tenant_page(
-            state,
-            view.replicas,
-            now,
-            query.get("q", "")[:64],
-            page_number(query.get("page")),
-            PAGE_SIZE,
-        )
-        page = replace(page, rows=await with_ages(services.control, page.rows))
-    except StoreError as lost:
-        problem = str(lost)
-    return render(
-        request,
-        "fleet.html",
-        status,
-        section="Fleet",
-        state=state,
-        fleet=view,
-        page=page,
-        problem=problem,
-        sync=services.sync.status,
-        local_kill=services.directory.local_kill,
-        kill_choices=KILL_CHOICES,
-        kill_typed=typed.text("action") if typed else "",
-        kill_reason=typed.text("reason") if typed else "",
-        kill_scope=typed.text("scope") if typed else "",
-        error=error,
-        now=now,
     )
 
 
@@ -279,4 +189,5 @@ async def revert(request: Request) -> Response:
     return done(where, "reverted", revision)
 
 
-router.include_router(tenants.router)
+for part in (fleet_page, tenants):
+    router.include_router(part.router)

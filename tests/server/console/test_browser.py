@@ -20,8 +20,10 @@ PAGES = ("/", "/new-tenant", "/tenants/acme", "/vectors", "/audit", "/tenants/no
 Opened = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """One for all of these tests, and no longer: while it lives this thread has a running event
+    loop, with which no asynchronous test could start its own."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
         yield browser

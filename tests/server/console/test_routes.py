@@ -20,9 +20,12 @@ SETUP = Author("setup", "first filling", "setup")
 
 
 class LostStore(MemoryStore):
-    """Can be taken away."""
+    """Can be taken away, and come back empty."""
 
     is_lost = False
+
+    def empty(self) -> None:
+        self.__init__()  # type: ignore[misc]
 
     async def changes(self, since: int = 0) -> Changes:
         if self.is_lost:
@@ -87,6 +90,7 @@ async def test_pages_ask_strangers_to_sign_in_and_come_back(console: Admin) -> N
         "/tenants/acme/keys/a/revoke",
         "/tenants/acme/preview",
         "/vectors/activate",
+        "/store",
         "/revert",
         "/sign-out",
     ],
@@ -222,6 +226,46 @@ async def test_the_kill_switch_of_this_replica_works_without_the_store(
     response = await console.post("/kill", data=form | {"scope": "fleet"})
     assert response.status_code == 503 and "connection refused" in response.text
     assert (await console.get("/tenants/acme")).status_code == 503
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("choice", "alpha"), [("restore", 0.5), ("adopt", 0.9)])
+async def test_an_operator_decides_about_a_store_with_other_data(
+    console: Admin, store: LostStore, choice: str, alpha: float
+) -> None:
+    services = console.services
+    await services.sync.look()
+    form = await form_of(console, choice=choice)
+    told = await console.post("/store", data=form)
+    assert told.status_code == 400  # nothing is foreign yet
+    store.empty()
+    await services.control.create_tenant("acme", policy(alpha=0.9), SETUP)
+    await services.sync.look()
+    assert "The store holds other data" in (await console.get("/")).text
+    assert (await console.post("/store", data=form | {"choice": "both"})).status_code == 400
+    response = await console.post("/store", data=form)
+    assert response.headers["location"].startswith(f"/?done={choice}")
+    await services.sync.look()
+    assert services.sync.status.store == "ok"
+    assert services.directory.policy("acme", 0.0).alpha == alpha
+    assert "The store holds other data" not in (await console.get("/")).text
+
+
+@pytest.mark.anyio
+async def test_many_tenants_are_searched_and_paged(console: Admin) -> None:
+    for number in range(60):
+        await console.services.control.create_tenant(f"t-{number:02d}", policy(), SETUP)
+    first = (await console.get("/")).text
+    assert "Page 1 of 2 · 61 tenants" in first and "t-48" in first and "t-49" not in first
+    second = (await console.get("/?page=2")).text
+    assert "t-49" in second and ">acme<" not in second
+    assert "t-07" in (await console.get("/?q=T-0")).text
+    assert "No tenant has" in (await console.get("/?q=nobody")).text
+    assert (await console.get("/?page=x")).status_code == 200
+    oldest = (await console.get("/audit?before=3")).text
+    assert 'id="r2"' in oldest and 'id="r3"' not in oldest
+    only = (await console.get("/audit?tenant=t-07")).text
+    assert only.count("<blockquote>") == 1
 
 
 @pytest.mark.anyio
