@@ -4,8 +4,6 @@ Both are what a transformers attention layer calls: `update(key, value, layer)`;
 positions are the decoder's. What may be shared between requests is prefix.py's.
 """
 
-import math
-import mmap
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from server.engine.memory import paged_zeros
 from steering.layers import text_config
 
 
@@ -39,25 +38,13 @@ class KVShape:
         )
 
 
-def _zeros(size: tuple[int, ...], shape: KVShape) -> Tensor:
-    """Zeros, because uninitialised memory may hold NaN.
-
-    On a CPU from the system itself, which hands out small pages as they are written: room for a
-    long prompt or row costs nothing before it is used, and no single step pays for all of it.
-    """
-    if shape.device.type != "cpu":
-        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
-    num_bytes = math.prod(size) * shape.dtype.itemsize
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=shape.dtype).view(size)
-
-
 class PromptCache:
     """The KV of one prompt, filled chunk by chunk: `kv` (L, 2, H, length, Dh)."""
 
     def __init__(self, shape: KVShape, length: int) -> None:
         self.length = length
         size = (shape.num_layers, 2, shape.num_heads, length, shape.head_dim)
-        self.kv = _zeros(size, shape)
+        self.kv = paged_zeros(size, shape.dtype, shape.device)
         self._start = 0
 
     def begin(self, start: int) -> None:
@@ -173,7 +160,7 @@ class Slab:
         """Memory for every layer's keys and values at their widest, (L, 2, numbers)."""
         shape = self._shape
         size = self.capacity * shape.num_heads * self.length * shape.head_dim
-        return _zeros((shape.num_layers, 2, size), shape)
+        return paged_zeros((shape.num_layers, 2, size), shape.dtype, shape.device)
 
     def _set_width(self, width: int) -> None:
         """See the memory's beginning as rows of that width."""

@@ -11,7 +11,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from server.engine.memory import paged_zeros
+
 Key = TypeVar("Key", bound=Hashable)
+PAGED_BYTES = (
+    256 * 1024
+)  # a process may have some 65,000 mappings: enough for 16 GiB of such tensors
 
 
 class TensorLRU(Generic[Key]):
@@ -47,7 +52,7 @@ class TensorLRU(Generic[Key]):
         while self.num_bytes + tensor.nbytes > self.budget_bytes:
             _, oldest = self._tensors.popitem(last=False)
             self.num_bytes -= oldest.nbytes
-        self._tensors[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._tensors[key] = _copied(tensor.detach())
         self.num_bytes += tensor.nbytes
         return True
 
@@ -55,6 +60,15 @@ class TensorLRU(Generic[Key]):
         """Forget everything."""
         self._tensors.clear()
         self.num_bytes = 0
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy. A large one in pages of its own, which go back to the system with it: on
+    the heap, thousands of them that come and go between short-lived tensors leave it full of holes.
+    """
+    if tensor.nbytes < PAGED_BYTES:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return paged_zeros(tuple(tensor.shape), tensor.dtype, tensor.device).copy_(tensor)
 
 
 def _is_finite(tensor: Tensor) -> bool:
