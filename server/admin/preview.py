@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, model_validator
 from starlette.types import Receive
 
-from server.admin.protocol import Model, NewName
+from server.admin.changes import Model, NewName
 from server.convert import AnswerHead, WholeAnswer, engine_messages, sampling_params
 from server.documents import PolicyFields
 from server.engine.types import EngineRequest, QueueFullError

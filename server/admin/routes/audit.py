@@ -4,14 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
+from server.admin.changes import MAX_REVISION, NAME_PATTERN, ReasonBody
 from server.admin.guards import CurrentOperator, author
-from server.admin.protocol import (
-    MAX_REVISION,
-    NAME_PATTERN,
-    AuditPage,
-    Changed,
-    ReasonBody,
-)
+from server.admin.protocol import AuditPage, Changed
 from server.admin.show import audit_view
 from server.services import services_of
 

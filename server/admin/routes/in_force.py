@@ -4,7 +4,8 @@ import time
 
 from fastapi import APIRouter, Request
 
-from server.admin.protocol import InForceView, Name
+from server.admin.changes import Name
+from server.admin.protocol import InForceView
 from server.errors import AuthenticationError, NoSuchTenantError
 from server.services import Services, services_of
 

@@ -2,16 +2,9 @@
 
 from fastapi import APIRouter, Request
 
+from server.admin.changes import Name, NewKeyBody, ReasonQuery, RevisionQuery, RotateKeyBody
 from server.admin.guards import CurrentOperator, author
-from server.admin.protocol import (
-    Changed,
-    IssuedKey,
-    Name,
-    NewKeyBody,
-    ReasonQuery,
-    RevisionQuery,
-    RotateKeyBody,
-)
+from server.admin.protocol import Changed, IssuedKey
 from server.control import NewKey
 from server.services import services_of
 

@@ -4,8 +4,9 @@ import logging
 
 from fastapi import APIRouter, Request
 
+from server.admin.changes import KillPut
 from server.admin.guards import CurrentOperator, author
-from server.admin.protocol import FleetKill, KillPut, KillView
+from server.admin.protocol import FleetKill, KillView
 from server.errors import InvalidRequestError
 from server.services import Services, services_of
 from steering.errors import StoreError

@@ -5,8 +5,9 @@ Until then no replica takes anything of it up (server/succession.py).
 
 from fastapi import APIRouter, Request
 
+from server.admin.changes import ReasonBody
 from server.admin.guards import CurrentOperator, author
-from server.admin.protocol import Changed, ReasonBody, StoreView
+from server.admin.protocol import Changed, StoreView
 from server.services import Services, services_of
 
 router = APIRouter(prefix="/store", tags=["store"])

@@ -6,18 +6,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
 
+from server.admin.changes import Name, NewTenant, PolicyPatch, PolicyPut, ReasonQuery, RevisionQuery
 from server.admin.guards import CurrentOperator, author
-from server.admin.protocol import (
-    Changed,
-    Name,
-    NewTenant,
-    PolicyPatch,
-    PolicyPut,
-    ReasonQuery,
-    RevisionQuery,
-    TenantPage,
-    TenantView,
-)
+from server.admin.protocol import Changed, TenantPage, TenantView
 from server.admin.show import tenant_view
 from server.documents import PolicyFields, explain
 from server.errors import InvalidRequestError

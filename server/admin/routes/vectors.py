@@ -2,14 +2,9 @@
 
 from fastapi import APIRouter, Request
 
+from server.admin.changes import AliasPut, Name
 from server.admin.guards import CurrentOperator, author
-from server.admin.protocol import (
-    AliasList,
-    AliasPut,
-    Changed,
-    Name,
-    VectorList,
-)
+from server.admin.protocol import AliasList, Changed, VectorList
 from server.admin.shelf import VectorShelf, alias_views
 from server.services import services_of
 

@@ -40,6 +40,15 @@ class Admin(httpx.AsyncClient):
         return [entry["action"] for entry in page["entries"]]
 
 
+def error_of(response: Any) -> dict[str, Any]:
+    """The error object, which must have exactly our shape."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert {"message", "type", "param", "code"} <= set(body["error"])
+    error: dict[str, Any] = body["error"]
+    return error
+
+
 Opened = Callable[..., AbstractAsyncContextManager[Admin]]
 
 

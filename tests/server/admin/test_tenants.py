@@ -1,25 +1,16 @@
-"""Tenants and policies over HTTP: pages, changes, stale revisions, what is refused."""
+"""Tenants over HTTP: pages, names, bodies, what is in force."""
 
 import time
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
 
 from steering.stores.memory import MemoryStore
-from tests.server.admin.conftest import API, Admin, Opened
+from tests.server.admin.conftest import API, Admin, Opened, error_of
 
 pytestmark = pytest.mark.anyio
 TENANTS = f"{API}/tenants"
 BAD_NAMES = ["<script>alert(1)</script>", "a b", "a\r\nb", "a\x00", ".hidden", "x" * 65, "a/b", "ä"]
-
-
-def error_of(response: Any) -> dict[str, Any]:
-    """The error object, which must have exactly our shape."""
-    body = response.json()
-    assert set(body) == {"error"}
-    assert {"message", "type", "param", "code"} <= set(body["error"])
-    error: dict[str, Any] = body["error"]
-    return error
 
 
 async def test_a_new_tenant_is_shown_with_its_policy_and_revision(admin: Admin) -> None:
@@ -102,111 +93,6 @@ async def test_an_unknown_tenant_is_a_404_everywhere(admin: Admin) -> None:
         assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
 
 
-async def test_a_policy_is_replaced_whole(admin: Admin) -> None:
-    revision = await admin.created("acme", alpha=0.8, rollout=50)
-    body = {"policy": {"alpha": 0.6}, "revision": revision, "reason": "too strong"}
-    changed = await admin.put(f"{TENANTS}/acme/policy", json=body)
-    assert changed.json() == {"revision": revision + 1}
-    policy = (await admin.get(f"{TENANTS}/acme")).json()["policy"]
-    assert (policy["alpha"], policy["rollout"]) == (0.6, 100.0)
-
-
-async def test_a_patch_leaves_the_other_fields(admin: Admin) -> None:
-    await admin.created("acme", alpha=0.8, rollout=50, concurrency=3)
-    body = {"changes": {"alpha": 0.6, "concurrency": None}, "reason": "too strong"}
-    assert (await admin.patch(f"{TENANTS}/acme/policy", json=body)).status_code == 200
-    policy = (await admin.get(f"{TENANTS}/acme")).json()["policy"]
-    assert (policy["alpha"], policy["rollout"], policy["concurrency"]) == (0.6, 50.0, None)
-
-
-async def test_a_change_of_nothing_keeps_the_revision_and_leaves_no_trace(admin: Admin) -> None:
-    revision = await admin.created("acme", alpha=0.8)
-    body = {"policy": {"alpha": 0.8}, "revision": revision, "reason": "again"}
-    patch = {"changes": {"alpha": 0.8}, "reason": "again"}
-    for response in (
-        await admin.put(f"{TENANTS}/acme/policy", json=body),
-        await admin.put(f"{TENANTS}/acme/policy", json=body),
-        await admin.patch(f"{TENANTS}/acme/policy", json=patch),
-    ):
-        assert response.json() == {"revision": revision}
-    assert await admin.actions() == ["tenant.create"]
-
-
-async def test_a_stale_revision_is_a_409_that_says_the_current_one(admin: Admin) -> None:
-    stale = await admin.created("acme")
-    patch = {"changes": {"alpha": 0.5}, "reason": "first"}
-    now = (await admin.patch(f"{TENANTS}/acme/policy", json=patch)).json()["revision"]
-    change = {"policy": {"alpha": 0.1}, "revision": stale, "reason": "second"}
-    narrow = {"changes": {"alpha": 0.1}, "revision": stale, "reason": "second"}
-    gone = {"reason": "second", "revision": stale}
-    for response in (
-        await admin.put(f"{TENANTS}/acme/policy", json=change),
-        await admin.patch(f"{TENANTS}/acme/policy", json=narrow),
-        await admin.delete(f"{TENANTS}/acme", params=gone),
-    ):
-        error = error_of(response)
-        assert (response.status_code, error["code"]) == (409, "stale_revision")
-        assert error["revision"] == now != stale
-    assert (await admin.get(f"{TENANTS}/acme")).json()["policy"]["alpha"] == 0.5
-
-
-async def test_a_temporary_policy_says_what_it_falls_back_to(admin: Admin) -> None:
-    revision = await admin.created("acme", alpha=0.6)
-    body = {
-        "policy": {"alpha": 0.9},
-        "revision": revision,
-        "reason": "incident",
-        "expires_in_s": 1800,
-    }
-    assert (await admin.put(f"{TENANTS}/acme/policy", json=body)).status_code == 200
-    tenant = (await admin.get(f"{TENANTS}/acme")).json()
-    assert tenant["in_force"]["alpha"] == 0.9
-    assert tenant["until"]["then"]["alpha"] == 0.6
-    assert tenant["until"]["at"] == pytest.approx(time.time() + 1800, abs=60)
-
-
-async def test_a_patch_does_not_make_a_temporary_policy_permanent(admin: Admin) -> None:
-    revision = await admin.created("acme", alpha=0.6)
-    body = {"policy": {"alpha": 0.1}, "revision": revision, "reason": "try", "expires_in_s": 60}
-    await admin.put(f"{TENANTS}/acme/policy", json=body)
-    patch = {"changes": {"concurrency": 5}, "reason": "more room"}
-    refused = await admin.patch(f"{TENANTS}/acme/policy", json=patch)
-    assert refused.status_code == 400 and "temporary" in error_of(refused)["message"]
-    patched = await admin.patch(f"{TENANTS}/acme/policy", json=patch | {"expires_in_s": 60})
-    assert patched.status_code == 200
-    assert (await admin.get(f"{TENANTS}/acme")).json()["until"]["then"]["alpha"] == 0.6
-
-
-@pytest.mark.parametrize(
-    ("policy", "param"),
-    [
-        ({"alpha": -1}, "policy.alpha"),
-        ({"alpha": "0.5x"}, "policy.alpha"),
-        ({"alpha": 3}, "policy"),
-        ({"mode": "sometimes"}, "policy.mode"),
-        ({"schedule": "range:9-1"}, "policy.schedule"),
-        ({"strength": 1}, "policy.strength"),
-        ({"requests_per_minute": 0}, "policy.requests_per_minute"),
-        ({"rollout": 101}, "policy.rollout"),
-        ([], "policy"),
-    ],
-)
-async def test_a_policy_out_of_bounds_is_a_400_that_names_the_field(
-    admin: Admin, policy: Any, param: str
-) -> None:
-    revision = await admin.created("acme")
-    body = {"policy": policy, "revision": revision, "reason": "try"}
-    response = await admin.put(f"{TENANTS}/acme/policy", json=body)
-    assert (response.status_code, error_of(response)["param"]) == (400, param)
-    if isinstance(policy, dict):
-        patch = {"changes": policy, "reason": "try"}
-        patched = await admin.patch(f"{TENANTS}/acme/policy", json=patch)
-        assert patched.status_code == 400
-        field = param.removeprefix("policy").removeprefix(".")
-        assert field in error_of(patched)["message"]
-    assert await admin.actions() == ["tenant.create"]
-
-
 @pytest.mark.parametrize("content", [b"", b"null", b'"text"', b"[1]", b"7", b"{", b"\xff{", b"NaN"])
 async def test_a_body_that_is_no_object_is_a_400(admin: Admin, content: bytes) -> None:
     headers = {"content-type": "application/json"}
@@ -265,3 +151,17 @@ async def test_in_force_says_what_this_replica_does_now(admin: Admin) -> None:
 async def test_the_default_tenant_is_in_force_without_a_document(admin: Admin) -> None:
     view = (await admin.get(f"{TENANTS}/default/in-force")).json()
     assert (view["alpha"], view["revision"], view["vector"]) == (0.5, 0, None)
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+async def test_a_body_over_the_limit_is_a_413(opened: Opened, is_declared: bool) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(4):
+            yield b" " * 1000
+
+    async with opened(max_body_bytes=2000) as admin:
+        content = b" " * 4000 if is_declared else pieces()
+        headers = {"content-type": "application/json"}
+        response = await admin.post(TENANTS, content=content, headers=headers)
+        assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
+        assert admin.services.bodies.held == 0
