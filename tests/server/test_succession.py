@@ -67,21 +67,22 @@ def test_only_what_is_new_is_put_in_force_unless_all_is(in_force: InForce) -> No
     assert (in_force.documents, in_force.epoch, in_force.revision) == ({"a": A1}, "two", 1)
 
 
-def test_an_operators_word_counts_once_and_for_the_revisions_that_it_names(
+def test_an_operators_word_counts_for_the_revisions_that_it_names_and_once(
     in_force: InForce,
 ) -> None:
+    in_force.take(Changes("one", 5, (document("c", 5),)), False)
     ((key, text),) = in_force.adoption().items()
     assert key == SUCCESSION_PREFIX + "one"
-    mark = document(key, 2, text)
-    back = Changes("one", 2, (A1, mark))  # revision 2 was lost, and is the operator's now
+    mark = document(key, 3, text)
+    back = Changes("one", 3, (A1, B2, mark))  # all after revision 2 was lost; then the word
     assert in_force.contradiction(back, True)
     assert in_force.is_succeeded_by(back)
-    behind = InForce("one", 3, dict(in_force.documents))
-    assert not behind.is_succeeded_by(back), "it would give up revision 3, which nobody spoke of"
+    ahead = InForce("one", 6, dict(in_force.documents))
+    assert not ahead.is_succeeded_by(back), "it would give up revision 6, which nobody spoke of"
     in_force.take(back, True)
-    in_force.take(Changes("one", 3, (document("c", 3),)), False)
-    assert in_force.contradiction(back, True)
-    assert not in_force.is_succeeded_by(back), "the store went back again"
+    in_force.take(Changes("one", 4, (document("d", 4),)), False)
+    assert in_force.contradiction(back, True), "the store went back again"
+    assert not in_force.is_succeeded_by(back)
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"revision": "x"}', "{}"])
