@@ -5,6 +5,7 @@ Kept in memory, so that admission asks nobody. Does not read the store (sync.py)
 """
 
 import hmac
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -43,19 +44,23 @@ class Principal:
 
 @dataclass(frozen=True)
 class _Policies:
-    """A tenant's policy, and what it falls back to from `until` (unix seconds) on."""
+    """A tenant's policy, and what it falls back to from `until` (unix seconds) on.
+
+    applied_at: when this replica put them in force, unix seconds; None for those of the settings.
+    """
 
     first: Policy
     until: float | None = None
     then: Policy | None = None
+    applied_at: float | None = None
 
     @classmethod
     def of(cls, tenant: str, document: TenantDocument, revision: int) -> "_Policies":
-        first = Policy.of(document.policy, revision, tenant)
+        first, now = Policy.of(document.policy, revision, tenant), time.time()
         if document.until is None:
-            return cls(first)
+            return cls(first, applied_at=now)
         then = Policy.of(document.until.then, revision, tenant)
-        return cls(first, document.until.at, then)
+        return cls(first, document.until.at, then, now)
 
     def at(self, now: float) -> Policy:
         is_over = self.until is not None and now >= self.until
@@ -144,6 +149,11 @@ class TenantDirectory:
         if tenant == DEFAULT_TENANT:
             return self._default.at(now)
         raise AuthenticationError("the tenant of this API key does not exist any more")
+
+    def applied_at(self, tenant: str) -> float | None:
+        """When the tenant's document took effect here, unix seconds; None without one."""
+        held = self._policies.get(tenant)
+        return None if held is None else held.applied_at
 
     def apply(self, changes: Changes, is_whole: bool = False) -> None:
         """Take over what was committed, in time that depends on the changed documents alone.

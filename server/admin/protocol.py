@@ -197,8 +197,9 @@ class StoreView(BaseModel):
 class InForceView(BaseModel):
     """What a request of this tenant with a picture gets from this replica now.
 
-    revision: of the policy, 0: of the server's settings; store_revision: the newest commit that
-    this replica has taken up. kill: the stricter of the fleet's switch and this replica's own; it
+    revision: of the policy, 0: of the server's settings; applied_at: when this replica put it in
+    force, unix seconds by its own clock, None for the settings'; store_revision: the newest commit
+    that this replica has taken up. kill: the stricter of the fleet's switch and this replica's own; it
     goes before mode and alpha. problem: what keeps pictures from being steered so, the vectors or
     the dose. store, age_s: as in the store's own view.
     """
@@ -211,6 +212,7 @@ class InForceView(BaseModel):
     vector: str | None
     rollout: float
     revision: int
+    applied_at: float | None
     store_revision: int
     kill: KillAction
     store: Literal["ok", "unreachable", "foreign"]

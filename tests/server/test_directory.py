@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,19 @@ def directory_of(*documents: tuple[str, str | None]) -> TenantDirectory:
 
 
 # ---------------------------------------------------------------------------------- keys, policies
+
+
+def test_the_moment_a_policy_took_effect_is_that_of_its_own_document() -> None:
+    before = time.time()
+    directory = directory_of(("tenant/acme", tenant_text(0.8)))
+    first = directory.applied_at("acme")
+    assert first is not None and before <= first <= time.time()
+    assert directory.applied_at("default") is None  # the settings' policy
+    directory.apply(changes(("tenant/other", tenant_text(0.1)), revision=2))
+    assert directory.applied_at("acme") == first
+    directory.apply(changes(("tenant/acme", tenant_text(0.4)), revision=3))
+    second = directory.applied_at("acme")
+    assert second is not None and second > first
 
 
 @pytest.mark.anyio

@@ -36,6 +36,7 @@ def in_force_view(services: Services, tenant: str) -> InForceView:
         vector=None if vectors is None else vectors.id,
         rollout=policy.rollout,
         revision=policy.revision,
+        applied_at=services.directory.applied_at(tenant),
         store_revision=services.directory.revision,
         kill=services.directory.kill,
         store=status.store,
