@@ -1,5 +1,6 @@
 """`deshift demo`: build the demonstration model, serve it, show what steering does."""
 
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rich.console import Console
 from server.config import PREFIX
 from server.demo import cases, show
 from server.errors import ServerError
-from server.process import ChildError, child_server, end_of_log, is_port_free
+from server.process import ChildError, child_server, end_of_log, free_port, is_port_free
 from steering.errors import SteeringError
 
 HOST = "127.0.0.1"
@@ -54,7 +55,11 @@ def _serve_and_show(console: Console, port: int, once: bool) -> None:
     log = cache / "demo-server.log"
     start = time.monotonic()
     console.print(f"Building the demonstration model in {cache} (half a minute the first time)")
-    env = setup.environment({**setup.prepare(cache), f"{PREFIX}ADMIN_PORT": "0"})
+    admin_port, admin_key = free_port(), secrets.token_urlsafe(18)
+    operators = {"ADMIN_PORT": str(admin_port), "ADMIN_KEYS": f"demo:{admin_key}"}
+    env = setup.environment(
+        setup.prepare(cache) | {PREFIX + name: value for name, value in operators.items()}
+    )
     console.print(f"Starting the server (its log: {log})")
     command = [sys.executable, "-m", "server.cli", "serve", "--host", HOST, "--port", str(port)]
     with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
@@ -69,7 +74,12 @@ def _serve_and_show(console: Console, port: int, once: bool) -> None:
         if once:
             return
         folder = _short(cache / "demo")
-        print(show.next_steps(url, folder, cases.photograph(), every[2]), flush=True)
+        print(show.next_steps(url, folder, cases.photograph(), every[2]))
+        print(
+            f"Operators' console: http://{HOST}:{admin_port}/ (sign in with {admin_key}): "
+            "change alpha there and ask again.",
+            flush=True,
+        )
         _wait(process, log)
 
 

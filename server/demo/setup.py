@@ -9,8 +9,11 @@ from importlib import resources
 from pathlib import Path
 
 from server.config import PREFIX, Settings
-from server.control import activate
+from server.control import Author, Control, activate
 from server.demo.cases import MODEL_NAME
+from server.documents import DEFAULT_TENANT, PolicyFields
+from server.errors import NoSuchTenantError
+from server.policy import default_fields
 from steering.demo.assemble import assemble
 from steering.stores import opened_store
 
@@ -52,6 +55,18 @@ async def keep(url: str, vectors: bytes, alias: str, *, by: str) -> None:
         await activate(store, alias, vector_id, by=by, reason="set up with the vectors at hand")
 
 
+async def put_back(url: str, policy: PolicyFields, *, by: str) -> None:
+    """The policy of requests without a key as a tenant that operators see, whatever an earlier
+    demonstration left of it. Raises SteeringError."""
+    author = Author(by, "the demonstration begins", "setup")
+    async with opened_store(url) as store:
+        control = Control(store)
+        try:
+            await control.set_policy(DEFAULT_TENANT, policy, None, author)
+        except NoSuchTenantError:
+            await control.create_tenant(DEFAULT_TENANT, policy, author)
+
+
 def prepare(cache: Path) -> Mapping[str, str]:
     """Build or check the model, keep and activate its vectors; return the server's variables.
 
@@ -64,7 +79,7 @@ def prepare(cache: Path) -> Mapping[str, str]:
     vectors = (resources.files("steering.demo") / "vectors.safetensors").read_bytes()
     asyncio.run(keep(url, vectors, ALIAS, by="deshift demo"))
     chosen = recommended()
-    return {
+    variables = {
         "DESHIFT_CACHE": str(cache.absolute()),
         "DESHIFT_STORE": url,
         "DESHIFT_MODEL": str(model.absolute()),
@@ -75,3 +90,5 @@ def prepare(cache: Path) -> Mapping[str, str]:
         "DESHIFT_SCHEDULE": chosen.schedule,
         "DESHIFT_CLIENT_OVERRIDE": "any",
     }
+    asyncio.run(put_back(url, default_fields(Settings.from_env(variables)), by="deshift demo"))
+    return variables

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from server.demo.setup import keep
+from server.control import Author, Control
+from server.demo.setup import keep, put_back
+from server.documents import PolicyFields
 from steering.stores import opened_store
 from steering.stores.base import aliases
 from tests.steering.samples import shift_vectors
@@ -29,3 +31,15 @@ async def test_setting_up_again_changes_nothing_and_new_vectors_move_the_alias(
         {"vector": TWO.id},
         {"vector": ONE.id},
     ]
+
+
+async def test_the_default_tenant_is_put_back_to_what_is_recommended(tmp_path: Path) -> None:
+    """An alpha that was tried in the console is not the next demonstration's."""
+    url, policy = f"sqlite:///{tmp_path}/demo.db", PolicyFields(alpha=0.1, client_override="any")
+    await put_back(url, policy, by="deshift demo")
+    async with opened_store(url) as store:
+        control = Control(store)
+        tried = policy.model_copy(update={"alpha": 0.0})
+        await control.set_policy("default", tried, None, Author("demo", "to see it", "console"))
+        await put_back(url, policy, by="deshift demo")
+        assert (await control.tenant("default")).document.policy == policy
