@@ -16,6 +16,7 @@ from server.bench.soak import Soak
 from server.bench.stalls import Stalls
 from server.bench.summary import Cell, Comparison, Interval, Spread, cells, comparisons
 from server.bench.target import Target
+from server.bench.toggle import Change, Latency, Toggle
 
 MIB = 1024 * 1024
 
@@ -105,6 +106,50 @@ def soak_table(rows: Sequence[Soak]) -> Table:
             f"{1000 * row.slope_bytes / MIB:+.1f}",
         )
     return table
+
+
+def toggle_tables(result: Toggle) -> list[Table]:
+    """How soon changes were in force, what became of the load, what many tenants cost."""
+    changes = _table(
+        "A tenant's alpha in force on every replica: median / p99 / maximum, ms\n"
+        "Not in `all`: processes of their own, whose start is in their time from sending",
+        ("changes", "by", "from sending", "from the store's commit"),
+    )
+    for way, made in result.by_way.items():
+        times = (Latency.of(c.from_sent_s for c in made), Latency.of(c.from_commit_s for c in made))
+        changes.add_row(str(len(made)), escape(way), *map(_latency, times))
+    load = _table(
+        "Answers meanwhile. Mixed: more than one revision in an answer's chunks. Behind: an older "
+        "one than was in force when the chat was sent",
+        ("streams", "seconds", "answered", "dropped", "mixed", "behind"),
+        num_names=0,
+    )
+    counts = (result.num_answered, result.num_failed, result.num_mixed, result.num_behind)
+    load.add_row(str(result.num_streams), f"{result.load_s:.0f}", *map(str, counts))
+    tenants = _table(
+        "What tenants cost. In the bench's own process, median / p99 in microseconds: to admit a "
+        "request, to take up a change\nRedis for a change, to all replicas and the operator, "
+        f"without load, mean of {result.store_costs[0].num_changes}",
+        ("tenants", "admit", "take up", "Redis: commands", "Redis: bytes sent"),
+        num_names=0,
+    )
+    for there, cost in zip(result.admissions, result.store_costs, strict=True):
+        micro = [f"{1e6 * s.median:.1f} / {1e6 * s.p99:.1f}" for s in (there.admit, there.take_up)]
+        redis = (f"{cost.commands:.1f}", f"{cost.sent_bytes:.0f}")
+        tenants.add_row(str(there.num_tenants), *micro, *redis)
+    return [changes, load, tenants]
+
+
+def toggle_json(result: Toggle) -> dict[str, Any]:
+    """Every change, and the figures of the tables."""
+
+    def figures(made: Sequence[Change]) -> dict[str, Any]:
+        sent, commit = (c.from_sent_s for c in made), (c.from_commit_s for c in made)
+        both = {"from_sent_s": Latency.of(sent), "from_commit_s": Latency.of(commit)}
+        return {name: latency and asdict(latency) for name, latency in both.items()}
+
+    ways = {way: figures(made) for way, made in result.by_way.items()}
+    return {"toggle": asdict(result) | {"in_force": ways}}
 
 
 def footprint_table(footprints: Mapping[str, Footprint]) -> Table:
@@ -250,6 +295,12 @@ def _median(value: Spread | None) -> str:
 
 def _median_and_p99(value: Spread | None) -> str:
     return "-" if value is None else f"{1000 * value.median:.1f} / {1000 * value.p99:.1f}"
+
+
+def _latency(value: Latency | None) -> str:
+    if value is None:
+        return "-"
+    return " / ".join(f"{1000 * each:.1f}" for each in (value.median, value.p99, value.maximum))
 
 
 def _tokens(row: Cell, max_tokens: int) -> str:

@@ -6,13 +6,14 @@ from typing import Any, Literal, get_args
 
 from rich.table import Table
 
-from server.bench import load, report, second_turn, soak, stalls
+from server.bench import load, report, second_turn, soak, stalls, toggle
+from server.bench.fleet import Fleet
 from server.bench.footprint import Budget
 from server.bench.load import Column, Served
 from server.bench.prompts import Prompts
 from server.bench.target import BenchError
 
-Scenario = Literal["throughput", "stalls", "second-turn", "memory"]
+Scenario = Literal["throughput", "stalls", "second-turn", "memory", "toggle"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 Progress = Callable[[str], None]
 
@@ -20,7 +21,8 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True)
 class Effort:
     """How much is measured. arrivals: long prompts at once in `stalls`; pause_s: before each burst
-    of another process; budgets: what the process of that id may fill with its memory.
+    of another process; budgets: what the process of that id may fill with its memory. fleet: in
+    `toggle`, what the columns are replicas of; num_changes: of its tenant's alpha.
     """
 
     streams: Sequence[int]
@@ -32,6 +34,8 @@ class Effort:
     arrivals: int
     pause_s: float
     budgets: Mapping[int, Budget] = field(default_factory=dict)
+    fleet: Fleet | None = None
+    num_changes: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def num_steps(scenario: Scenario, columns: Sequence[Column], effort: Effort) -> 
     if scenario == "memory":
         processes = {column.target.pid for column in served(scenario, columns)}
         return effort.num_requests * len(processes)
+    if scenario == "toggle":
+        return toggle.num_steps(effort.num_changes)
     if scenario == "second-turn":
         return (effort.rounds + effort.warmup) * len(columns)
     bursts = (effort.rounds + effort.warmup) * len(effort.streams) * len(columns)
@@ -91,6 +97,8 @@ async def run(
         failed = sum(row.num_failed for row in turns)
         figures = [asdict(row) for row in turns]
         return Outcome([report.second_turn_table(turns)], {"second_turn": figures}, failed)
+    if scenario == "toggle":
+        return await _toggle(servers, prompts, effort, progress)
     soaks = await soak.run(
         servers,
         prompts,
@@ -122,6 +130,24 @@ def served(scenario: Scenario, columns: Sequence[Column]) -> list[Served]:
             )
         result.append(column)
     return result
+
+
+async def _toggle(
+    replicas: Sequence[Served], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    if effort.fleet is None:
+        raise BenchError("--scenario toggle measures replicas that it starts itself")
+    result = await toggle.run(
+        effort.fleet,
+        replicas,
+        prompts,
+        num_changes=effort.num_changes,
+        num_streams=max(effort.streams),
+        max_tokens=effort.max_tokens,
+        progress=progress,
+    )
+    failed = result.num_failed + result.num_mixed + result.num_behind
+    return Outcome(report.toggle_tables(result), report.toggle_json(result), failed)
 
 
 async def _throughput(

@@ -153,14 +153,25 @@ def transformers_serve(model: Path, logs: Path, dtype: str) -> Iterator[Target]:
 
 @contextmanager
 def deshift_serve(
-    name: str, model: Path, logs: Path, dtype: str, env: Mapping[str, str]
+    name: str,
+    model: Path,
+    logs: Path,
+    dtype: str,
+    env: Mapping[str, str],
+    *,
+    admin_port: int = 0,
+    api_key: str = "",
 ) -> Iterator[Target]:
-    """This server on a free loopback port, in the environment `env`; its log is `name`'s."""
+    """This server on a free loopback port, in the environment `env`; its log is `name`'s.
+
+    admin_port: 0 takes any free one, for servers that nobody operates. api_key: what it is to be
+    asked with.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     log = logs / f"{name.replace(' ', '-')}.log"
-    env = {**env, f"{PREFIX}ADMIN_PORT": "0"}  # any free one: nobody operates it
+    env = {**env, f"{PREFIX}ADMIN_PORT": str(admin_port)}
     with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
-        yield Target(name, url, pid=process.pid)
+        yield Target(name, url, api_key=api_key, pid=process.pid)

@@ -22,7 +22,8 @@ class StreamRecord:
     `tokens` by the server's own usage when it sends one, else the number of content chunks
     (`counted_by`). `gaps_s`: between content chunks, which are those with text or a token's
     log-probability. `overhead_ms` and `shift_ms`: what the server says steering cost this chat,
-    None where it says nothing.
+    None where it says nothing. `revisions`: of the policy, each different one that a chunk names,
+    in order; None among them for a chunk that names none.
     """
 
     start_s: float = 0.0
@@ -37,6 +38,7 @@ class StreamRecord:
     steering: str = ""
     overhead_ms: float | None = None
     shift_ms: float | None = None
+    revisions: tuple[int | None, ...] = ()
     error: str = ""
 
     @property
@@ -74,6 +76,7 @@ def record(
     texts: list[str] = []
     usage: dict[str, Any] = {}
     applied: dict[str, Any] = {}
+    revisions: dict[int | None, None] = {}
     error = ""
     for moment, data in _events(arrivals):
         if data == "[DONE]":
@@ -81,6 +84,7 @@ def record(
         event = json.loads(data)
         usage = event.get("usage") or usage
         applied = event.get("steering") or applied
+        revisions[event.get("steering_revision")] = None
         error = error or str(event.get("error") or "")
         choices = event.get("choices") or []
         text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
@@ -103,6 +107,7 @@ def record(
         steering=steering,
         overhead_ms=applied.get("overhead_ms"),
         shift_ms=applied.get("shift_ms"),
+        revisions=tuple(revisions),
         error=error,
     )
 

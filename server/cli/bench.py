@@ -17,12 +17,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.bench import machine, report, scenarios, servers
+from server.bench import fleet, machine, report, scenarios, servers
 from server.bench.footprint import DTYPES, Footprint
 from server.bench.load import Column, Served
 from server.bench.prompts import NUM_CODES, Prompts
 from server.bench.scenarios import SCENARIOS, Effort, Outcome, Scenario
-from server.bench.servers import Checkpoint
+from server.bench.servers import Checkpoint, Started
 from server.bench.target import BenchError, Target, resolved, variants
 from server.process import ChildError
 
@@ -98,13 +98,21 @@ def bench(
         typer.Option(help="A server's API key.", metavar="NAME=KEY"),
     ] = None,
     scenario: Annotated[
-        str, typer.Option(help="throughput, stalls, second-turn or memory.")
+        str, typer.Option(help="throughput, stalls, second-turn, memory or toggle.")
     ] = "throughput",
-    streams: Annotated[str, typer.Option(help="Numbers of chats at once.")] = "1,4,16,32",
+    streams: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of chats at once; by default 1,4,16,32, and 8 in --scenario toggle."
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     warmup: Annotated[int, typer.Option(min=0, help="Rounds before them, not counted.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
     requests: Annotated[int, typer.Option(min=1, help="Requests of --scenario memory.")] = 2000,
+    changes: Annotated[
+        int, typer.Option(min=1, help="Changes of alpha in --scenario toggle.")
+    ] = 200,
     arrivals: Annotated[
         int, typer.Option(min=1, help="Long prompts under way at once in --scenario stalls.")
     ] = 1,
@@ -162,10 +170,16 @@ def bench(
 
     --scenario memory: the server's memory over --requests unlike requests with random cancels,
     as many at once as the largest of --streams, against weights, KV budget and cache budgets.
+
+    --scenario toggle: starts a Redis (redis-server in PATH) and two replicas on --serve, --demo or
+    --shape, with a tenant whose alpha is changed --changes times, by the admin API, the command and
+    the console's form in turn, while as many chats as the largest of --streams are under way. How
+    soon each change is in force on both replicas, what became of the chats, and what 1,000 tenants
+    cost.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    numbers = _numbers(streams)
     chosen = _scenario(scenario)
+    numbers = _numbers(streams or ("8" if chosen == "toggle" else "1,4,16,32"))
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}")
     prompts = Prompts(_image(image), secrets.randbelow(NUM_CODES) if seed is None else seed)
@@ -173,21 +187,35 @@ def bench(
         with contextlib.ExitStack() as started:
             console.print(f"Preparing models and servers (their logs: {logs})")
             checkpoint = servers.checkpoint(serve, demo, shape)
-            found = servers.start(
-                started,
-                checkpoint,
-                plain_sample=plain_sample,
-                transformers=transformers_serve,
-                settings=_pairs(setting),
-                num_rows=max(numbers) + (arrivals if chosen == "stalls" else 0),
-                logs=logs,
-                dtype=dtype,
-            )
+            replicas = None
+            if chosen == "toggle":
+                if plain_sample or transformers_serve or generate or url or steering:
+                    raise BenchError("--scenario toggle measures two replicas and nothing else")
+                replicas = fleet.start(
+                    started,
+                    checkpoint,
+                    settings=_pairs(setting),
+                    num_rows=max(numbers),
+                    logs=logs,
+                    dtype=dtype,
+                )
+                found = Started(list(replicas.targets), {})
+            else:
+                found = servers.start(
+                    started,
+                    checkpoint,
+                    plain_sample=plain_sample,
+                    transformers=transformers_serve,
+                    settings=_pairs(setting),
+                    num_rows=max(numbers) + (arrivals if chosen == "stalls" else 0),
+                    logs=logs,
+                    dtype=dtype,
+                )
             named = [Target(name, at.rstrip("/").removesuffix("/v1")) for name, at in _pairs(url)]
             targets = [*found.targets, *named]
             targets = _configured(targets, dict(_pairs(model)), dict(_pairs(api_key)))
             conditions = dict(_pairs(steering))
-            if checkpoint and checkpoint.conditions:
+            if checkpoint and checkpoint.conditions and replicas is None:
                 conditions.setdefault(servers.OURS, checkpoint.conditions)
             targets = variants(targets, conditions)
             local = _generate(checkpoint, dtype) if generate else []
@@ -207,6 +235,8 @@ def bench(
                 arrivals=arrivals,
                 pause_s=pause,
                 budgets=found.budgets,
+                fleet=replicas,
+                num_changes=changes,
             )
             before = machine.describe()
             targets, outcome = asyncio.run(_run(console, chosen, targets, local, prompts, effort))
@@ -225,6 +255,8 @@ def bench(
         console.print(report.footprint_table(footprints))
     how = f"{rounds} rounds after {warmup} of warm-up, {max_tokens} tokens each, "
     rest = f"{pause:g} s of rest before each change of server, "
+    if chosen == "toggle":
+        how, rest = f"{max_tokens} tokens each, ", ""
     size = f"picture {prompts.image.width} x {prompts.image.height}. "
     console.print(
         ("" if chosen == "memory" else how) + rest + size + machine.summary(before), markup=False
@@ -237,6 +269,7 @@ def bench(
             "streams": numbers,
             "max_tokens": max_tokens,
             "requests": requests,
+            "changes": changes,
             "arrivals": arrivals,
             "pause_s": pause,
             "seed": prompts.first,

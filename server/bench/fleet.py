@@ -1,0 +1,168 @@
+"""Two replicas of a checkpoint, a Redis of their own, and tenants: what scenario `toggle` changes.
+
+Everything runs on this machine, so all its moments are of one clock. Measures nothing.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import redis
+
+from server.bench.servers import Checkpoint, deshift_serve
+from server.bench.target import BenchError, Target
+from server.config import PREFIX, Settings
+from server.control import Author, Control, key_digest
+from server.documents import (
+    KEYS_PREFIX,
+    TENANT_PREFIX,
+    KeyRecord,
+    KeysDocument,
+    PolicyFields,
+    TenantDocument,
+    text_of,
+)
+from server.policy import default_fields
+from server.process import end_of_log, free_port
+from steering.stores import Store, opened_store
+from steering.stores.base import resolve
+
+TENANT = "bench"
+OPERATOR = "bench"
+AUTHOR = Author(OPERATOR, "deshift bench", "setup")
+REPLICAS = ("replica A", "replica B")
+_REDIS_START_S, _POLL_S = 10.0, 0.02
+_TENANTS_A_COMMIT = 250
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """store_url: may be written. targets, admin_urls: the replicas, in one order; the targets have
+    the tenant's key. policy: the tenant's at first."""
+
+    store_url: str
+    targets: tuple[Target, ...]
+    admin_urls: tuple[str, ...]
+    admin_key: str = field(repr=False)
+    policy: PolicyFields
+
+
+def start(
+    stack: ExitStack,
+    checkpoint: Checkpoint | None,
+    *,
+    settings: Sequence[tuple[str, str]],
+    num_rows: int,
+    logs: Path,
+    dtype: str,
+) -> Fleet:
+    """They end with `stack`. `settings` by field; the tenant's policy is that of the settings.
+
+    Raises BenchError, ChildError, ConfigError, SteeringError.
+    """
+    if checkpoint is None:
+        raise BenchError(
+            "--scenario toggle measures replicas that it starts itself: give --serve or --demo"
+        )
+    env = {f"{PREFIX}MAX_ROWS": str(num_rows), **checkpoint.env}
+    env |= {f"{PREFIX}{name.upper()}": value for name, value in settings}
+    env.pop(f"{PREFIX}REPLICA", None)  # one name for both would make them one
+    chosen = Settings.from_env(env)
+    policy = default_fields(chosen)
+    if policy.alpha == 0 or policy.mode == "off":
+        raise BenchError("--scenario toggle changes alpha: it needs one above 0, and not mode off")
+    logs.mkdir(parents=True, exist_ok=True)
+    directory = Path(stack.enter_context(TemporaryDirectory(prefix="deshift-bench-")))
+    url = stack.enter_context(redis_server(directory, logs / "redis.log"))
+    tenant_key = asyncio.run(_fill(url, chosen, policy))
+    admin_key = secrets.token_urlsafe(24)
+    env |= {f"{PREFIX}STORE": url, f"{PREFIX}ADMIN_STORE": url}
+    env[f"{PREFIX}ADMIN_KEYS"] = f"{OPERATOR}:{admin_key}"
+    # Two processes that each take every core hold each other up.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(REPLICAS))))
+    targets, admin_urls = [], []
+    for name in REPLICAS:
+        port = free_port()
+        served = deshift_serve(
+            name, checkpoint.model, logs, dtype, env, admin_port=port, api_key=tenant_key
+        )
+        targets.append(stack.enter_context(served))
+        admin_urls.append(f"http://127.0.0.1:{port}")
+    return Fleet(url, tuple(targets), tuple(admin_urls), admin_key, policy)
+
+
+@contextmanager
+def redis_server(directory: Path, log: Path) -> Iterator[str]:
+    """The URL of a redis-server on a free loopback port, which forces every commit to the disk as
+    deploy/redis has it. Raises BenchError where there is none, or it does not start.
+    """
+    program = shutil.which("redis-server")
+    if program is None:
+        raise BenchError("--scenario toggle needs the program redis-server in PATH")
+    port = free_port()
+    command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory)]
+    command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_for_redis(process, port, log)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def add_tenants(store: Store, policy: PolicyFields, num_tenants: int) -> None:
+    """Each with a key, in a few commits. Raises StoreError."""
+    numbers = range(num_tenants)
+    about = {"by": AUTHOR.by, "via": AUTHOR.via, "reason": AUTHOR.reason}
+    audit = json.dumps({**about, "action": "tenant.create", "changes": []})
+    for first in numbers[::_TENANTS_A_COMMIT]:
+        writes: dict[str, str | None] = {}
+        for number in numbers[first : first + _TENANTS_A_COMMIT]:
+            name = f"tenant-{number}"
+            writes[TENANT_PREFIX + name] = text_of(TenantDocument(policy=policy))
+            writes[KEYS_PREFIX + name] = keys_text(secrets.token_urlsafe(32))
+        await store.commit(writes, {}, audit)
+
+
+def keys_text(key: str) -> str:
+    """The document of a tenant's only key."""
+    record = KeyRecord(id="bench", digest=key_digest(key), created_at=time.time())
+    return text_of(KeysDocument(keys=(record,)))
+
+
+async def _fill(url: str, chosen: Settings, policy: PolicyFields) -> str:
+    """Vectors and tenant; returns the tenant's key."""
+    async with opened_store(url) as store:
+        control = Control(store)
+        if policy.mode == "dataset":
+            async with opened_store(chosen.store_url) as own:
+                vectors = await own.get_vectors(await resolve(own, policy.vector_alias))
+            vector_id = await store.put_vectors(vectors.to_bytes())
+            await control.activate(policy.vector_alias, vector_id, AUTHOR)
+        await control.create_tenant(TENANT, policy, AUTHOR)
+        return (await control.create_key(TENANT, "bench", AUTHOR)).text
+
+
+def _wait_for_redis(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + _REDIS_START_S
+    with redis.Redis(port=port, socket_timeout=1.0) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                client.ping()
+                return
+            except redis.RedisError:
+                time.sleep(_POLL_S)
+    raise BenchError(f"redis-server did not start. The end of {log}:\n{end_of_log(log)}")
