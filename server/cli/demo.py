@@ -56,10 +56,11 @@ def _serve_and_show(console: Console, port: int, once: bool) -> None:
     start = time.monotonic()
     console.print(f"Building the demonstration model in {cache} (half a minute the first time)")
     admin_port, admin_key = free_port(), secrets.token_urlsafe(18)
-    operators = {"ADMIN_PORT": str(admin_port), "ADMIN_KEYS": f"demo:{admin_key}"}
-    env = setup.environment(
-        setup.prepare(cache) | {PREFIX + name: value for name, value in operators.items()}
-    )
+    operators = {
+        f"{PREFIX}ADMIN_PORT": str(admin_port),
+        f"{PREFIX}ADMIN_KEYS": f"demo:{admin_key}",
+    }
+    env = setup.environment({**setup.prepare(cache), **operators})
     console.print(f"Starting the server (its log: {log})")
     command = [sys.executable, "-m", "server.cli", "serve", "--host", HOST, "--port", str(port)]
     with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
