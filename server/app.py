@@ -29,6 +29,7 @@ from server.policy import default_fields
 from server.routes import chat, models, status
 from server.services import BodyBudget, Services
 from server.sync import Sync
+from server.tasks import ended
 from server.vectors import VectorCatalogue
 from steering.errors import PlanError, StoreError
 from steering.plan import Schedule
@@ -180,13 +181,10 @@ async def following(services: Services) -> AsyncIterator[None]:
         tasks.append(asyncio.create_task(services.heartbeat.run(), name="heartbeat"))
         yield
     finally:
+        await ended(*tasks)
         for task in tasks:
-            task.cancel()
-        for task, end in zip(
-            tasks, await asyncio.gather(*tasks, return_exceptions=True), strict=True
-        ):
-            if isinstance(end, Exception):
-                log.error("%s ended", task.get_name(), exc_info=end)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("%s ended", task.get_name(), exc_info=error)
         await services.vectors.close()
 
 

@@ -17,6 +17,7 @@ from server.backoff import backoff
 from server.directory import TenantDirectory
 from server.errors import InvalidRequestError
 from server.succession import InForce, Restoration
+from server.tasks import ended
 from server.vectors import VectorCatalogue
 from steering.errors import StoreError
 from steering.stores.base import Store
@@ -84,9 +85,13 @@ class Sync:
 
     async def run(self) -> None:
         """Follow the store for ever."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._listen())
-            group.create_task(self._follow())
+        tasks = [asyncio.create_task(each) for each in (self._listen(), self._follow())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await ended(*tasks)
 
     async def wait_for_first_look(self) -> None:
         """Until the store has been asked once, whatever came of it."""

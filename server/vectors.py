@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.backoff import backoff
 from server.policy import Policy, decide
+from server.tasks import ended
 from steering.errors import PlanError, SteeringError, VectorError
 from steering.methods import relative_dose, row_delta
 from steering.models import ModelIdentity
@@ -137,10 +138,7 @@ class VectorCatalogue:
 
     async def close(self) -> None:
         """End the reading; what is in force stays."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*self._tasks.values())
 
     def steering(self, plan: SteeringPlan, vectors: ShiftVectors | None) -> RowSteering:
         """What `plan`, made with `vectors`, subtracts; cached by fingerprint. Event loop only.
