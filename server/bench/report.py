@@ -124,8 +124,15 @@ def toggle_tables(result: Toggle) -> list[Table]:
         ("streams", "seconds", "answered", "dropped", "mixed", "behind"),
         num_names=0,
     )
-    counts = (result.num_answered, result.num_failed, result.num_mixed, result.num_behind)
-    load.add_row(str(result.num_streams), f"{result.load_s:.0f}", *map(str, counts))
+    dropped = f"{result.num_failed}: {result.first_error}" if result.num_failed else "0"
+    load.add_row(
+        str(result.num_streams),
+        f"{result.load_s:.0f}",
+        str(result.num_answered),
+        escape(dropped),
+        str(result.num_mixed),
+        str(result.num_behind),
+    )
     tenants = _table(
         "What tenants cost. In the bench's own process, median / p99 in microseconds: to admit a "
         "request, to take up a change\nRedis for a change, to all replicas and the operator, "

@@ -6,14 +6,16 @@ the moment is checked against the answers: a chat that is sent after it must hav
 
 import asyncio
 import itertools
+import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import httpx
+from redis.exceptions import RedisError
 
 from server.bench import admission
 from server.bench.admission import Admission
@@ -124,6 +126,7 @@ async def run(
     max_tokens: int,
     progress: Callable[[str], None],
     num_tenants: int = NUM_TENANTS,
+    num_processes: int = NUM_PROCESSES,
 ) -> Toggle:
     """`num_changes` by all ways in turn and a few by whole processes, while `num_streams` chats are
     under way, shared by the replicas (`columns`, in the fleet's order). Raises BenchError,
@@ -131,6 +134,7 @@ async def run(
     """
     admissions = tuple(admission.measure(fleet.policy, n) for n in (1, 1 + num_tenants))
     async with AsyncExitStack() as stack:
+        stack.enter_context(_explained())
         store = await stack.enter_async_context(opened_store(fleet.store_url))
         watch = await stack.enter_async_context(_watched(fleet))
         ways = await _ways(stack, fleet, store)
@@ -139,7 +143,7 @@ async def run(
         async def make(way: Way) -> Change:
             sent = await way.change(next(alphas))
             applied = await asyncio.gather(*(_applied(each, sent.revision) for each in watch))
-            return Change(way.name, sent.revision, sent.at, 0.0, tuple(applied))
+            return Change(way.name, sent.revision, sent.at, math.nan, tuple(applied))
 
         costs = []
         for more in (0, num_tenants):
@@ -156,14 +160,17 @@ async def run(
                 await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE_S))
                 made.append(await make(ways[number % len(ways)]))
             processes = []
-            for _ in range(NUM_PROCESSES):
+            for _ in range(num_processes):
                 progress("changes by new processes")
                 processes.append(await make(ByProcess(fleet.store_url)))
         load_s = time.monotonic() - started
         committed = await _commit_times(store)
-    changes = tuple(_with_commit(each, committed) for each in made)
-    by_process = tuple(_with_commit(each, committed) for each in processes)
-    records = [each.record for each in answers]
+    # Read at the end, so that reading is no part of what is counted.
+    changes, by_process = (
+        tuple(replace(each, committed_at=committed[each.revision]) for each in group)
+        for group in (made, processes)
+    )
+    errors = [each.record.error for each in answers if each.record.error]
     good = [each for each in answers if not each.record.error]
     return Toggle(
         changes=changes,
@@ -171,13 +178,21 @@ async def run(
         num_streams=num_streams,
         load_s=load_s,
         num_answered=len(good),
-        num_failed=len(records) - len(good),
-        first_error=next((record.error for record in records if record.error), ""),
+        num_failed=len(errors),
+        first_error=errors[0] if errors else "",
         num_mixed=sum(is_mixed(each) for each in good),
         num_behind=sum(is_behind(each, (*changes, *by_process)) for each in good),
         store_costs=tuple(costs),
         admissions=admissions,
     )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (httpx.HTTPError, RedisError) as error:
+        raise BenchError(f"the fleet does not answer: {type(error).__name__}") from error
 
 
 def is_mixed(asked: Asked) -> bool:
@@ -271,7 +286,3 @@ async def _commit_times(store: Store) -> dict[int, float]:
         times |= {record.revision: record.at for record in page}
         before = page[-1].revision
     return times
-
-
-def _with_commit(change: Change, committed: dict[int, float]) -> Change:
-    return replace(change, committed_at=committed[change.revision])

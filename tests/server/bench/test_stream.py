@@ -79,3 +79,10 @@ def test_a_token_without_text_counts_when_its_log_probability_comes() -> None:
     ]
     result = record(arrivals)
     assert (result.gaps_s, result.text) == ((0.5, 1.0), "ab")
+
+
+def test_every_revision_that_a_chunk_names_is_kept_once_and_a_chunk_without_one_is_seen() -> None:
+    chunks = [event("a", steering_revision=7), event("b", steering_revision=7)]
+    assert record([(1.0, b"\n\n".join([*chunks, b""]))]).revisions == (7,)
+    chunks += [event("c", steering_revision=8), event("d"), event("e", steering_revision=7)]
+    assert record([(1.0, b"\n\n".join([*chunks, b""]))]).revisions == (7, 8, None)
