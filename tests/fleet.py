@@ -117,8 +117,10 @@ class Replica:
 
 @dataclass
 class Fleet:
+    folder: Path
     redis: RedisServer
     replicas: tuple[Replica, Replica]
+    model: Path
     vector: str  # the id of the set that the alias `default` points to
     key: str = ""  # the tenant's
 
@@ -134,6 +136,17 @@ class Fleet:
             DESHIFT_ADMIN_STORE=self.redis.url("deshift-operator"),
             DESHIFT_ADMIN_KEY=OPERATOR_KEY,
         )
+
+    @contextmanager
+    def one_more(self, name: str) -> Iterator[Replica]:
+        """A replica that is started now, whatever the store does, and goes away again."""
+        replica = _started(self.folder, self.model, self.redis, name)
+        try:
+            replica.wait_until_up()
+            yield replica
+        finally:
+            replica.process.kill()
+            replica.process.wait()
 
     def alphas(self) -> list[float]:
         """In force on each replica."""
@@ -215,7 +228,7 @@ def running_fleet(folder: Path) -> Iterator[Fleet]:
         vector = _extracted(folder, model, redis)
         for replica in replicas:
             replica.wait_until_up()
-        fleet = Fleet(redis, (replicas[0], replicas[1]), vector)
+        fleet = Fleet(folder, redis, (replicas[0], replicas[1]), model, vector)
         made = replicas[0].operate("POST", "/tenants", name=TENANT, policy=POLICY)
         assert made.status_code == 201, made.text
         issued = replicas[1].operate("POST", f"/tenants/{TENANT}/keys", id="first")
