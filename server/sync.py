@@ -19,7 +19,7 @@ from server.errors import InvalidRequestError
 from server.succession import InForce, Restoration
 from server.tasks import ended
 from server.vectors import VectorCatalogue
-from steering.errors import StoreError
+from steering.errors import ConflictError, StoreError
 from steering.stores.base import Store
 
 log = logging.getLogger("deshift.sync")
@@ -123,10 +123,18 @@ class Sync:
     async def restoration(self) -> Restoration:
         """What makes the foreign store say again what is in force here.
 
-        Raises InvalidRequestError while nothing is foreign, StoreError.
+        Raises InvalidRequestError while nothing is foreign, ConflictError when another operator
+        was faster, StoreError.
         """
         self._check_foreign()
-        restoration = self._in_force.restoration(await self._store.changes())
+        held = await self._store.changes()
+        if self._in_force.is_succeeded_by(held):
+            # What is in force here may be older than what was restored from another replica.
+            raise ConflictError(
+                "an operator has said already what becomes of the store's data",
+                {"the store": held.revision},
+            )
+        restoration = self._in_force.restoration(held)
         sets = self._vectors.held
         vectors = await asyncio.to_thread(lambda: tuple(each.to_bytes() for each in sets))
         return replace(restoration, vectors=vectors)

@@ -13,7 +13,8 @@ Keys, all under `deshift:` (deploy/redis/users.acl says who may do what with the
     changes            the channel on which a commit is told
 
 A commit is one transaction, so readers see all of it or nothing; what it takes to see the changes
-since a revision depends on their number only.
+since a revision depends on their number only. Readers use no transactions: a Redis that is full
+refuses those, and must still be read.
 """
 
 import asyncio
@@ -97,8 +98,8 @@ class RedisStore:
 
     async def list_vectors(self) -> list[VectorRecord]:
         with self._explained():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.zrange(ORDER, 0, -1)
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.zrange(ORDER, 0, -1)  # first: a set that arrives in between is in the other
                 pipe.hgetall(MANIFESTS)
                 order, manifests = await pipe.execute()
         return [self._record(vector_id.decode(), manifests.get(vector_id)) for vector_id in order]
@@ -106,16 +107,17 @@ class RedisStore:
     async def changes(self, since: int = 0) -> Changes:
         with self._explained():
             for _ in range(_NUM_READS):
-                async with self._redis.pipeline(transaction=True) as pipe:
-                    pipe.get(EPOCH)
-                    pipe.get(REVISION)
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    pipe.mget(EPOCH, REVISION)
                     pipe.zrangebyscore(CHANGED, f"({since}", "+inf")
-                    epoch, newest, changed = await pipe.execute()
-                revision = int(newest or 0)
+                    pipe.mget(EPOCH, REVISION)
+                    newest, changed, still_newest = await pipe.execute()
+                epoch, revision = (newest[0] or b"").decode(), int(newest[1] or 0)
                 found = await self._documents([key.decode() for key in changed])
                 # A later commit may have written one of them in between, and others with it.
-                if len(found) == len(changed) and all(d.revision <= revision for d in found):
-                    return Changes((epoch or b"").decode(), revision, tuple(found))
+                is_whole = len(found) == len(changed) and all(d.revision <= revision for d in found)
+                if is_whole and newest == still_newest:
+                    return Changes(epoch, revision, tuple(found))
                 await asyncio.sleep(_READ_AGAIN_S)
         raise StoreError(f"store {self.place}: documents are lost, or change without a pause")
 

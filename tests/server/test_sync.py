@@ -10,7 +10,7 @@ import pytest
 from server import sync as module
 from server.control import Control
 from server.errors import AuthenticationError, InvalidRequestError
-from steering.errors import StoreError
+from steering.errors import ConflictError, StoreError
 from steering.stores import MemoryStore
 from steering.stores.base import ALIAS_PREFIX, Changes
 from steering.vectors import ShiftVectors
@@ -344,6 +344,25 @@ async def test_an_operator_restores_what_is_in_force_for_the_whole_fleet(
     async with replica_of(store) as fresh:
         assert fresh.alpha() == 0.5
         await until(lambda: fresh.vector() == old)
+
+
+async def test_a_second_restoration_does_not_bring_back_what_is_older(store: FaultyStore) -> None:
+    """Asked of a replica that had missed the last change, it put that back for the whole fleet."""
+    one, behind = make_replica(store), make_replica(store)
+    await set_alpha(store, 0.25)
+    await behind.sync.look()
+    await set_alpha(store, 0.75)
+    await one.sync.look()
+    store.become(MemoryStore())
+    for replica in (one, behind):
+        await replica.sync.look()
+        assert replica.sync.status.store == "foreign"
+    lost = await one.sync.restoration()
+    await Control(store).restore(lost.writes, lost.expected, lost.vectors, AUTHOR)
+    with pytest.raises(ConflictError, match="said already"):
+        await behind.sync.restoration()
+    await behind.sync.look()
+    assert (behind.sync.status.store, behind.alpha()) == ("ok", 0.75)
 
 
 async def test_a_replica_that_starts_takes_the_store_as_it_is(store: FaultyStore) -> None:

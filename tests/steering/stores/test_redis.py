@@ -53,6 +53,31 @@ async def test_damaged_manifests_and_documents_are_named(
     assert "WRONGTYPE" in str(await failure(store.get(["b"])))
 
 
+async def test_a_full_server_refuses_changes_and_is_read_as_ever(
+    redis_server: RedisServer, opened: Open
+) -> None:
+    """Readers used transactions, which a full server refuses: nobody could start or follow."""
+    store = opened(redis_server.url())
+    await store.put_vectors(ONE.to_bytes())
+    await store.commit({"a": "1"}, {}, "made")
+    before = await store.changes()
+    with redis_server.admin() as admin:
+        limit = admin.config_get("maxmemory")["maxmemory"]  # type: ignore[index]
+        admin.config_set("maxmemory", "1")
+        try:
+            assert await store.changes() == before
+            assert before.documents == (Document("a", "1", 1),)
+            assert list(await store.get(["a"])) == ["a"]
+            assert [each.entry for each in await store.audit(1)] == ["made"]
+            assert [each.id for each in await store.list_vectors()] == [ONE.id]
+            assert (await store.get_vectors(ONE.id)).id == ONE.id
+            assert await store.replicas() == {}
+            assert "maxmemory" in str(await failure(store.commit({"a": "2"}, {}, "")))
+        finally:
+            admin.config_set("maxmemory", limit)
+    assert await store.commit({"a": "2"}, {}, "") == 2
+
+
 async def test_after_a_flush_the_epoch_is_another_one(
     redis_server: RedisServer, opened: Open
 ) -> None:
