@@ -202,8 +202,11 @@ def test_redis_that_comes_back_empty_is_foreign_until_it_is_restored(fleet: Flee
             return {f"{each['name']} {each['status']['store']}" for each in listed}
 
         until(lambda: told() == {"one foreign", "two foreign"}, "operators are shown it")
-        restored = fleet.replicas[0].operate("POST", "/store/restore")
-        assert restored.status_code == 200, restored.text
+        with ThreadPoolExecutor(2) as pool:  # two operators, each by another replica
+            sent = pool.map(lambda each: each.operate("POST", "/store/restore"), fleet.replicas)
+            codes = sorted(each.status_code for each in sent)
+        # 400 where the other one's word was followed already, 409 where it was only in the store
+        assert codes in ([200, 400], [200, 409])
         fleet.wait_until_well()
         assert fleet.change(0.25, replica=1).status_code == 200
         until(lambda: fleet.alphas() == [0.25, 0.25], "a change after it is in force")
@@ -249,7 +252,7 @@ def test_a_change_that_nobody_hears_of_heals_within_the_interval(fleet: Fleet) -
             pipe.xadd(AUDIT, {"at": time.time(), "entry": json.dumps(entry)}, id=f"{revision}-0")
             pipe.execute()
         took = until(lambda: fleet.alphas() == [0.75, 0.75], "it is in force on both")
-        assert took < SYNC_S + 1.0, "seconds; one look of a busy machine's may be late"
+        assert took < SYNC_S + 2.0, "seconds; a look on a busy machine may be late"
     check_steered(answers)
     assert fleet.change(0.5).status_code == 200
 
@@ -340,6 +343,8 @@ def test_a_replica_that_starts_without_the_store_steers_nobody_less(fleet: Fleet
             fleet.redis.start()
             until(lambda: three.ready()["status"] == "ready", "it is ready by itself")
             check_steered([three.ask(fleet.key, chat()), three.ask(API_KEY, chat())])
+            three.process.terminate()
+            assert three.process.wait(20) == 0
     finally:
         fleet.redis.restart()
 
