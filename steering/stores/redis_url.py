@@ -48,6 +48,8 @@ def redis_client(url: str) -> RedisClient:
     place = without_credentials(url)
     try:
         scheme, _, rest = url.partition("://")
+        if "@" in rest.partition("?")[2]:  # see `without_credentials`
+            raise ValueError
         if scheme.endswith(_SENTINEL):
             return _by_sentinel(scheme.removesuffix(_SENTINEL), rest, place)
         host = urlsplit(url)
@@ -60,7 +62,8 @@ def redis_client(url: str) -> RedisClient:
         raise StoreError(
             f"store {place}: not a URL of the form redis://user:password@host:port/db?option=value "
             "or redis+sentinel://host:port,host2:port/service (rediss for TLS); special characters "
-            "in the password must be percent-encoded, and options be ones that redis-py knows"
+            "in the password and an @ in options must be percent-encoded, and options be ones that "
+            "redis-py knows"
         ) from None
 
 
@@ -69,7 +72,10 @@ def without_credentials(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url if "@" not in url else url.rpartition("@")[2]
-    hosts, slash, path = rest.partition("?")[0].rpartition("@")[2].partition("/")
+    front, _, options = rest.partition("?")
+    if "@" in options:  # a password may hold the ?, and its beginning pass for a host and a port
+        return f"{scheme}://..."
+    hosts, slash, path = front.rpartition("@")[2].partition("/")
     return f"{scheme}://{hosts}{slash}{path}"
 
 

@@ -249,6 +249,8 @@ async def test_a_read_costs_by_what_changed_and_not_by_what_there_is(
         *("rediss://u:hidden@h?no_such_option=1", "redis+sentinel://u:hidden@h"),
         *("redis+sentinel:///s", "redis+sentinel://h,/s", "redis+sentinel://h:x/s"),
         "redis+sentinel://h/s?no_such_option=1",
+        # An unescaped ? in a password: what is before it was told, as if a host and a port.
+        *("redis://u:hidden?x@h/0", "redis://hidden:1?x@h:1/0", "redis+sentinel://u:hidden?x@h/s"),
     ],
 )
 def test_a_url_that_cannot_be_read_is_told_without_its_password(url: str) -> None:
@@ -266,6 +268,8 @@ def test_a_url_that_cannot_be_read_is_told_without_its_password(url: str) -> Non
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),
         ("memory://", "memory://"),
         ("u:p@h", "h"),
+        ("redis://u:p?q@h:1/2", "redis://..."),
+        ("redis://u:p@q?r@h:1/2", "redis://..."),
     ],
 )
 def test_a_url_is_shown_without_credentials_and_options(url: str, shown: str) -> None:
