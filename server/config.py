@@ -245,12 +245,20 @@ class Settings(BaseModel):
                 f"{PREFIX}HOST {self.host} can be reached from other machines: "
                 f"set {PREFIX}API_KEY, or listen on 127.0.0.1"
             )
+        if self.api_key is not None and self._is_an_admin_key(self.api_key):
+            raise ValueError(
+                f"{PREFIX}API_KEY is also one of {PREFIX}ADMIN_KEYS: who may ask could operate"
+            )
         if self.port and self.port == self.admin_port:
             raise ValueError(
                 f"{PREFIX}ADMIN_PORT is {PREFIX}PORT {self.port}: operators have a listener of "
                 "their own"
             )
         return self
+
+    def _is_an_admin_key(self, key: SecretStr) -> bool:
+        admin_keys = "" if self.admin_keys is None else self.admin_keys.get_secret_value()
+        return bool(admin_keys) and key.get_secret_value() in parse_admin_keys(admin_keys).values()
 
     @property
     def is_loopback(self) -> bool:

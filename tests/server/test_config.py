@@ -61,6 +61,15 @@ def test_a_refused_key_is_not_repeated_in_the_message() -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_one_key_for_clients_and_operators_is_refused() -> None:
+    """It was taken, and every client could turn steering off."""
+    key = "operators-secret-0"
+    with pytest.raises(ConfigError, match="DESHIFT_API_KEY.*DESHIFT_ADMIN_KEYS") as caught:
+        Settings(api_key=key, admin_keys=f"bo:{key}-more,ann:{key}")
+    assert key not in str(caught.value)
+    assert Settings(api_key=key, admin_keys=f"bo:{key}-more").api_key is not None
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
 def test_without_a_key_only_loopback_is_listened_on(host: str) -> None:
     with pytest.raises(ConfigError, match="DESHIFT_API_KEY"):
