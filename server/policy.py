@@ -77,11 +77,6 @@ class Policy:
         return self.mode != "off" and self.alpha > 0
 
     @property
-    def needs_vectors(self) -> bool:
-        """Whether image requests are refused while there is no valid vector set."""
-        return self.is_active and self.mode == "dataset" and self.on_error == "reject"
-
-    @property
     def may_use_vectors(self) -> bool:
         """Whether some request may be steered by the alias's vector set, by its own wish too."""
         return self.mode == "dataset" or self.client_override == "any"
@@ -174,7 +169,11 @@ def decide(
     if not policy.is_rolled_out(unit):
         return _unsteered(policy, "rollout")
     if wanted.mode == "dataset" and vectors is None:
-        return _without_vectors(policy)
+        return unsteerable(
+            policy,
+            "dataset",
+            f"there is no valid set of them under the alias {policy.vector_alias!r}",
+        )
     return SteeringPlan(
         mode=wanted.mode,
         method=wanted.method,
@@ -189,13 +188,17 @@ def decide(
     )
 
 
-def _without_vectors(policy: Policy) -> SteeringPlan:
+def unsteerable(policy: Policy, mode: Mode, problem: str) -> SteeringPlan:
+    """The plan of a request that is to be steered and cannot be, as the policy's on_error says.
+
+    Raises UnavailableError with the problem where it says `reject`.
+    """
     if policy.on_error == "serve-unsteered":
-        return _unsteered(policy, "vectors-unavailable")
+        return _unsteered(policy, "vectors-unavailable" if mode == "dataset" else "shift-failed")
+    by = "shift vectors" if mode == "dataset" else "its own shift"
     raise UnavailableError(
-        "this request is to be steered by shift vectors, and there is no valid set of them under "
-        f"the alias {policy.vector_alias!r}; /ready says why",
-        code="vectors_unavailable",
+        f"this request is to be steered by {by}, and {problem}; /ready says why",
+        code="vectors_unavailable" if mode == "dataset" else "shift_unavailable",
     )
 
 

@@ -86,12 +86,13 @@ class VectorCatalogue:
         return list({each.id: each for each in self._active.values()}.values())
 
     def problem_of(self, policy: Policy) -> str | None:
-        """What keeps pictures from being steered as a policy says: no vectors, or the dose."""
-        if not policy.is_active or policy.mode != "dataset":
+        """What keeps pictures from being steered as a policy says: no vectors, the dose, or a
+        layer that the model does not have."""
+        if not policy.is_active:
             return None
         alias = policy.vector_alias
         vectors = self._active.get(alias)
-        if vectors is None:
+        if policy.mode == "dataset" and vectors is None:
             return self.problem(alias) or f"the vectors of alias {alias!r} are being read"
         try:
             self.steering(decide(replace(policy, rollout=100.0), None, True, vectors), vectors)
@@ -100,8 +101,8 @@ class VectorCatalogue:
         return None
 
     def is_ready_for(self, policy: Policy) -> bool:
-        """Whether no request is refused for want of vectors, unless it asks for them itself."""
-        return not policy.needs_vectors or self.problem_of(policy) is None
+        """Whether no request that asks for nothing of its own is refused by `problem_of`."""
+        return policy.on_error == "serve-unsteered" or self.problem_of(policy) is None
 
     def follow(self, targets: Mapping[str, str], in_use: frozenset[str]) -> None:
         """Say which set each alias names now: those that are not here are read, each by itself.

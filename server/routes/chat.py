@@ -25,7 +25,7 @@ from server.errors import InvalidRequestError, RequestTimeoutError
 from server.generation import ClientLeftError, Generation, until_left
 from server.media import decode_images
 from server.middleware import body_share_of, principal_of, record_of
-from server.policy import Policy, decide
+from server.policy import Policy, decide, unsteerable
 from server.prompts import prepared
 from server.protocol import ChatCompletionRequest, parse_chat
 from server.routes.models import check_model
@@ -54,7 +54,7 @@ async def create_chat_completion(request: Request) -> Response:
         record.steering = Steered(plan).log_value
         inputs, plan = await _prepared(services, wire, plan, policy.on_error, request.receive)
     if plan.reason == "shift-failed":  # why is not logged: templates put conversations into errors
-        log.warning("request_id=%s unsteered: its two prompts cannot be made", record.request_id)
+        log.warning("request_id=%s unsteered: its shift cannot be measured", record.request_id)
     body_share_of(request.scope).release()
     generation = Generation(services.engine, services.bridge)
     engine_request = EngineRequest(
@@ -134,6 +134,8 @@ def _steering(
         )
         return plan, services.vectors.steering(plan, vectors)
     except PlanError as error:
+        if wire.steering is None:  # then it is the operators' doing, not the client's
+            return unsteerable(policy, policy.mode, str(error)), RowSteering()
         raise InvalidRequestError(str(error), param="steering") from None
 
 

@@ -216,14 +216,6 @@ def test_a_corruption_where_nothing_is_measured_with_it_is_refused_not_ignored()
         assert caught.value.param == "steering.corruption"
 
 
-def test_vectors_are_needed_where_requests_would_be_refused_without() -> None:
-    assert make_policy().needs_vectors
-    assert not make_policy(on_error="serve-unsteered").needs_vectors
-    assert not make_policy(alpha=0.0).needs_vectors
-    assert not make_policy(mode="off").needs_vectors
-    assert not sample_policy().needs_vectors
-
-
 @pytest.mark.parametrize("client_override", ["none", "strengthen"])
 @pytest.mark.parametrize("kill", ["none", "unsteered", "reject"])
 @pytest.mark.parametrize("rollout", [0.0, 100.0])

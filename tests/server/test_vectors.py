@@ -163,6 +163,7 @@ async def test_steering_off_and_the_sample_level_are_ready_without_vectors(
 ) -> None:
     await follow(catalogue, store)
     assert catalogue.is_ready_for(policy_of(steering_mode="off"))
+    assert catalogue.is_ready_for(policy_of(alpha=0.0)) and not catalogue.is_ready_for(policy_of())
     assert catalogue.is_ready_for(policy_of(steering_mode="sample", max_relative_dose=0.05))
 
 
@@ -231,6 +232,8 @@ async def test_a_dose_that_a_policy_would_refuse_is_that_policys_problem(
     assert not catalogue.is_ready_for(overdosed)
     assert "0.075" in str(catalogue.problem_of(overdosed))
     assert catalogue.is_ready_for(policy_of()) and catalogue.problem("default") is None
+    beyond = policy_of(steering_mode="sample", schedule="single:3")
+    assert not catalogue.is_ready_for(beyond) and "layer 3" in str(catalogue.problem_of(beyond))
 
 
 async def test_what_failed_is_tried_again_whatever_was_raised(

@@ -111,6 +111,30 @@ def test_each_tenant_has_the_vectors_of_its_alias(
     assert len(fake_engine.requests) == 2
 
 
+@pytest.mark.parametrize(
+    ("policy", "code", "reason"),
+    [
+        ({"max_relative_dose": 0.05}, "vectors_unavailable", "vectors-unavailable"),
+        ({"mode": "sample", "schedule": "single:3"}, "shift_unavailable", "shift-failed"),
+    ],
+)
+def test_a_policy_that_cannot_be_followed_is_not_the_clients_fault(
+    client: TestClient,
+    tenants: Tenants,
+    fake_engine: FakeEngine,
+    policy: Any,
+    code: str,
+    reason: str,
+) -> None:
+    """It was a 400 for every picture, whatever the policy's on_error said."""
+    refused = ask(client, tenants.create("a", **policy), images=1)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
+    assert not fake_engine.requests
+    served = ask(client, tenants.create("b", on_error="serve-unsteered", **policy), images=1)
+    assert (served.status_code, served.json()["steering"]["reason"]) == (200, reason)
+    assert not fake_engine.requests[0].plan.is_active and fake_engine.requests[0].delta is None
+
+
 # ----------------------------------------------------------------------------- what clients may ask
 
 
