@@ -199,9 +199,9 @@ class InForceView(BaseModel):
 
     revision: of the policy, 0: of the server's settings; applied_at: when this replica put it in
     force, unix seconds by its own clock, None for the settings'; store_revision: the newest commit
-    that this replica has taken up. kill: the stricter of the fleet's switch and this replica's own; it
-    goes before mode and alpha. problem: what keeps pictures from being steered so, the vectors or
-    the dose. store, age_s: as in the store's own view.
+    that this replica has taken up. kill: the stricter of the fleet's switch and this replica's own;
+    it goes before mode and alpha. problem: what keeps pictures from being steered so, the vectors
+    or the dose. store, age_s: as in the store's own view.
     """
 
     tenant: str
