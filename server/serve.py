@@ -101,6 +101,7 @@ def _config(app: FastAPI) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,  # who connects is who asks: a header anybody can write decides nothing
         timeout_graceful_shutdown=LAST_BYTES_S,
     )
 

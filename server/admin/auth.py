@@ -4,6 +4,7 @@ Covers recognising an operator. Does not cover which paths need one (app.py, the
 tenants' keys, which are good for nothing here.
 """
 
+import asyncio
 import base64
 import hmac
 import secrets
@@ -24,6 +25,7 @@ from server.errors import AuthenticationError, RateLimitError, ServerError
 
 SESSION_S = 12 * 3600
 FAILED_ATTEMPTS_PER_MINUTE = 10
+GUESS_DELAY_S = 1.0  # of every answer to a wrong key beyond those
 CSRF_HEADER = "x-csrf-token"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -85,26 +87,25 @@ class AdminAuth:
         return bool(self._keys)
 
     def check_key(self, key: str, address: str) -> str:
-        """The operator's name.
+        """The operator's name. A right key is always taken: the kill switch is behind it.
 
-        Raises NoAdminKeysError, AuthenticationError, and RateLimitError for an address that has
-        failed too often, whatever it brings now.
+        Raises NoAdminKeysError, AuthenticationError, and RateLimitError for a wrong key of an
+        address that has failed too often: see `slow_down`.
         """
         if not self._keys:
             raise NoAdminKeysError
-        if not self._failures.test(self._allowed_failures, address):
-            reset_at = self._failures.get_window_stats(self._allowed_failures, address).reset_time
-            raise RateLimitError(
-                "too many wrong admin keys from this address", max(1.0, reset_at - time.time())
-            )
-        given, found = key.encode("utf-8", "surrogateescape"), None
+        given, found = key.encode("utf-8", "surrogatepass"), None
         for name, expected in self._keys.items():  # all of them: the time tells nothing
             if hmac.compare_digest(given, expected):
                 found = name
-        if found is None:
-            self._failures.hit(self._allowed_failures, address)
+        if found is not None:
+            return found
+        if self._failures.hit(self._allowed_failures, address):
             raise AuthenticationError("this is no admin key")
-        return found
+        reset_at = self._failures.get_window_stats(self._allowed_failures, address).reset_time
+        raise RateLimitError(
+            "too many wrong admin keys from this address", max(1.0, reset_at - time.time())
+        )
 
     def new_session(self, operator: str) -> str:
         """The text of a session cookie, signed."""
@@ -136,7 +137,7 @@ class AdminAuth:
         return _is_equal(token, self.csrf_token(session))
 
     def _signed(self, purpose: str, text: str) -> str:
-        content = f"{purpose}:{text}".encode("utf-8", "surrogateescape")
+        content = f"{purpose}:{text}".encode("utf-8", "surrogatepass")
         return hmac.new(self._secret, content, sha256).hexdigest()
 
 
@@ -167,6 +168,12 @@ def operator_of(connection: HTTPConnection) -> Operator:
             "an admin key is needed, in the header `Authorization: Bearer <key>`"
         )
     return Operator(name, "console")
+
+
+async def slow_down(error: Exception) -> None:
+    """Let whoever guesses keys wait; to be awaited before such an error is answered."""
+    if isinstance(error, RateLimitError):
+        await asyncio.sleep(GUESS_DELAY_S)
 
 
 def session_of(connection: HTTPConnection) -> str:
@@ -222,5 +229,5 @@ def cookie_name(connection: HTTPConnection) -> str:
 
 
 def _is_equal(left: str, right: str) -> bool:
-    encoded = (text.encode("utf-8", "surrogateescape") for text in (left, right))
+    encoded = (text.encode("utf-8", "surrogatepass") for text in (left, right))
     return hmac.compare_digest(*encoded)

@@ -8,7 +8,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.admin.auth import CSRF_HEADER, SAFE_METHODS, Operator, check_csrf, operator_of
+from server.admin.auth import (
+    CSRF_HEADER,
+    SAFE_METHODS,
+    Operator,
+    check_csrf,
+    operator_of,
+    slow_down,
+)
 from server.control import Author
 from server.errors import ServerError, error_response
 
@@ -57,6 +64,7 @@ class OperatorsOnly:
             if operator.via == "console" and scope["method"] not in SAFE_METHODS:
                 check_csrf(connection, Headers(scope=scope).get(CSRF_HEADER, ""))
         except ServerError as error:
+            await slow_down(error)
             await error_response(error)(scope, receive, send)
             return
         scope.setdefault("state", {})["operator"] = operator

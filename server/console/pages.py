@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from server.admin.auth import Operator, check_csrf, csrf_token_of, operator_of
+from server.admin.auth import Operator, check_csrf, csrf_token_of, operator_of, slow_down
 from server.console.diffs import moment, number
 from server.control import Author
 from server.errors import AuthenticationError, InvalidRequestError, ServerError, error_status
@@ -106,6 +106,7 @@ class ConsolePage(APIRoute):
                     request, 401, "Your session is over. Sign in again in another tab."
                 )
             except (ServerError, SteeringError, HTTPException) as error:
+                await slow_down(error)
                 told = error.detail if isinstance(error, HTTPException) else str(error)
                 return _error_page(request, error_status(error), told)
 
@@ -186,6 +187,7 @@ def _error_page(request: Request, status: int, problem: str) -> Response:
         heading=HEADINGS.get(status, "That did not work"),
         problem=problem,
         is_change=request.method != "GET",
+        is_known=status < 500,  # a store that is lost on the way may have done it all the same
     )
 
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
-from server.admin.auth import auth_of, log_in, log_out, operator_of
+from server.admin.auth import auth_of, log_in, log_out, operator_of, slow_down
 from server.admin.protocol import VectorView
 from server.admin.shelf import VectorShelf, alias_views
 from server.console import fleet_page, tenants
@@ -67,6 +67,7 @@ async def sign_in(request: Request) -> Response:
     try:
         log_in(request, response, key)
     except (AuthenticationError, RateLimitError) as error:
+        await slow_down(error)
         return _sign_in_page(request, where, error_status(error), str(error))
     return response
 

@@ -392,6 +392,20 @@ def test_each_listener_has_its_own_paths_and_both_stop_on_sigterm(
     assert "Traceback" not in server_process.end()
 
 
+def test_a_header_does_not_choose_the_address_whose_wrong_keys_are_counted(
+    server_process: ServerProcess,
+) -> None:
+    """Whoever guessed from this machine had a new address with every guess."""
+    answers = [
+        httpx.get(
+            f"{server_process.admin_url}/admin/v1/tenants",
+            headers={"authorization": "Bearer wrong", "x-forwarded-for": f"10.0.0.{number}"},
+        )
+        for number in range(11)
+    ]
+    assert [each.status_code for each in answers] == [401] * 10 + [429]
+
+
 def test_operators_are_answered_while_clients_drain_and_then_both_end(
     server_process: ServerProcess,
 ) -> None:

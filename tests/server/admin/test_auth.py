@@ -1,14 +1,13 @@
 """Who may operate: keys, attempts, hosts, headers; and the document of the API."""
 
 import logging
+import time
 from typing import Any
 
 import httpx
 import pytest
 
-from server.admin.auth import (
-    AdminAuth,
-)
+from server.admin.auth import GUESS_DELAY_S, AdminAuth
 from server.errors import AuthenticationError, RateLimitError
 from tests.server.admin.conftest import API, KEY, Admin, Opened
 
@@ -86,30 +85,44 @@ async def test_wrong_keys_are_counted_and_right_ones_are_not(admin: Admin) -> No
     for _ in range(20):
         assert (await admin.get(f"{API}/tenants")).status_code == 200
     wrong = {"authorization": "Bearer wrong"}
-    answers = [await admin.get(f"{API}/tenants", headers=wrong) for _ in range(12)]
-    assert [each.status_code for each in answers] == [401] * 10 + [429] * 2
+    answers = [await admin.get(f"{API}/tenants", headers=wrong) for _ in range(10)]
+    started = time.monotonic()
+    answers.append(await admin.get(f"{API}/tenants", headers=wrong))
+    assert time.monotonic() - started >= GUESS_DELAY_S
+    assert [each.status_code for each in answers] == [401] * 10 + [429]
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
     assert answers[-1].json()["error"]["code"] == "rate_limit_exceeded"
 
 
-def test_another_address_may_still_try() -> None:
+async def test_a_right_key_is_never_refused(admin: Admin) -> None:
+    """Wrong keys from a client's address locked its right one out, the kill switch included."""
+    transport: Any = admin._transport
+    auth: AdminAuth = transport.app.state.auth
+    for _ in range(12):
+        with pytest.raises((AuthenticationError, RateLimitError)):
+            auth.check_key("wrong", "127.0.0.1")
+    body = {"action": "reject", "scope": "replica", "reason": "incident"}
+    started = time.monotonic()
+    assert (await admin.put(f"{API}/kill", json=body)).status_code == 200
+    assert time.monotonic() - started < GUESS_DELAY_S
+    assert admin.services.directory.kill == "reject"
+
+
+def test_another_address_may_still_guess() -> None:
     auth = AdminAuth({"alice": KEY})
     for _ in range(10):
         with pytest.raises(AuthenticationError):
             auth.check_key("wrong", "10.0.0.1")
     with pytest.raises(RateLimitError):
-        auth.check_key(KEY, "10.0.0.1")
-    assert auth.check_key(KEY, "10.0.0.2") == "alice"
+        auth.check_key("wrong", "10.0.0.1")
+    with pytest.raises(AuthenticationError):
+        auth.check_key("wrong", "10.0.0.2")
 
 
-async def test_another_host_name_is_refused_on_a_loopback_listener(opened: Opened) -> None:
-    async with opened() as admin:
-        evil = await admin.get(f"{API}/tenants", headers={"host": "evil.example:8001"})
-        assert (evil.status_code, evil.json()["error"]["code"]) == (403, "host_not_allowed")
-        assert "DESHIFT_ADMIN_HOST" in evil.json()["error"]["message"]
-    async with opened(admin_host="0.0.0.0") as admin:
-        headers = {"host": "operators.example"}
-        assert (await admin.get(f"{API}/tenants", headers=headers)).status_code == 200
+def test_a_key_of_half_characters_is_a_wrong_one() -> None:
+    """A form in an odd encoding can hold them; they were an internal error."""
+    with pytest.raises(AuthenticationError):
+        AdminAuth({"alice": KEY}).check_key("\ud800", "10.0.0.1")
 
 
 @pytest.mark.parametrize("path", ["/health", f"{API}/tenants", f"{API}/nowhere", "/nowhere"])
@@ -177,12 +190,14 @@ async def test_no_page_needs_another_host(admin: Admin) -> None:
         assert (await admin.get(path)).status_code == 404
 
 
-async def test_failures_of_one_address_do_not_lock_out_another(admin: Admin) -> None:
-    wrong = {"authorization": "Bearer wrong"}
-    for _ in range(11):
-        await admin.get(f"{API}/tenants", headers=wrong)
+async def test_failures_are_counted_by_address(admin: Admin) -> None:
     transport: Any = admin._transport
+    auth: AdminAuth = transport.app.state.auth
+    for _ in range(12):
+        with pytest.raises((AuthenticationError, RateLimitError)):
+            auth.check_key("wrong", "127.0.0.1")
     elsewhere = httpx.ASGITransport(transport.app, client=("10.9.8.7", 1))
     async with httpx.AsyncClient(transport=elsewhere, base_url="http://127.0.0.1") as other:
-        headers = {"authorization": f"Bearer {KEY}"}
-        assert (await other.get(f"{API}/tenants", headers=headers)).status_code == 200
+        wrong = {"authorization": "Bearer wrong"}
+        assert (await other.get(f"{API}/tenants", headers=wrong)).status_code == 401
+        assert (await admin.get(f"{API}/tenants", headers=wrong)).status_code == 429
