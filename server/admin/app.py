@@ -37,7 +37,7 @@ from server.errors import (
 )
 from server.middleware import BodyLimit, LoopbackHost, RequestContext
 from server.routes import status
-from server.services import InFlight, Services
+from server.services import BodyBudget, InFlight, Services
 from steering.errors import ConflictError, SteeringError
 
 API = "/admin/v1"
@@ -86,7 +86,10 @@ def create_admin_app(services: Services) -> FastAPI:
     for kind in (*_ERRORS, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(  # innermost
-        BodyLimit, max_bytes=services.settings.max_body_bytes, budget=services.bodies
+        BodyLimit,
+        max_bytes=services.settings.max_body_bytes,
+        # Not the clients': the kill switch must not wait until they have room for its few bytes.
+        budget=BodyBudget(services.settings.max_buffered_bytes),
     )
     app.add_middleware(OperatorsOnly)
     if is_loopback(services.settings.admin_host):

@@ -3,7 +3,6 @@
 It is for bad days, so it answers without the store, too.
 """
 
-import logging
 import time
 from dataclasses import replace
 from typing import get_args
@@ -13,15 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.admin.auth import operator_of
+from server.admin.routes.kill import set_own_kill
 from server.console.fleet import FleetView, read_fleet, tenant_page, with_ages
 from server.console.pages import Change, ConsolePage, done, page_number, read_change, render
 from server.control import StoreState
 from server.documents import KillAction
 from server.errors import InvalidRequestError, error_status
-from server.services import Services, services_of
+from server.services import services_of
 from steering.errors import ConflictError, StoreError
 
-log = logging.getLogger("deshift.admin")
 router = APIRouter(route_class=ConsolePage, include_in_schema=False)
 PAGE_SIZE = 50  # tenants
 KILL_CHOICES = (
@@ -44,7 +43,7 @@ async def set_kill(request: Request) -> Response:
     try:
         action = _kill_action(change)
         if change.text("scope") == "replica":
-            _set_local_kill(services, action, change)
+            set_own_kill(services, action, change.author)
             return done("/", "local-kill")
         revision = await services.control.set_kill(action, change.author, change.number("revision"))
     except (InvalidRequestError, ConflictError, StoreError) as error:
@@ -76,13 +75,6 @@ def _kill_action(change: Change) -> KillAction:
                 raise InvalidRequestError("tick the box that says you want this", param="sure")
             return known
     raise InvalidRequestError("choose what the kill switch does", param="action")
-
-
-def _set_local_kill(services: Services, action: KillAction, change: Change) -> None:
-    author = change.author
-    services.directory.local_kill = action
-    told = "kill switch of this replica: %s, by %s via %s: %a"
-    log.warning(told, action, author.by, author.via, author.reason)
 
 
 async def _fleet_page(

@@ -1,5 +1,6 @@
 """The kill switch: the fleet's, in the store, and this replica's own, which needs no store."""
 
+import asyncio
 import logging
 
 from fastapi import APIRouter, Request
@@ -7,12 +8,15 @@ from fastapi import APIRouter, Request
 from server.admin.changes import KillPut
 from server.admin.guards import CurrentOperator, author
 from server.admin.protocol import FleetKill, KillView
+from server.control import Author
+from server.documents import KillAction
 from server.errors import InvalidRequestError
 from server.services import Services, services_of
 from steering.errors import StoreError
 
 log = logging.getLogger("deshift.admin")
 router = APIRouter(tags=["kill switch"])
+STORE_S = 1.0  # for the store to say how the fleet's switch stands; a command waits for 5 s in all
 
 
 @router.get("/kill")
@@ -30,22 +34,26 @@ async def put_kill(request: Request, operator: CurrentOperator, body: KillPut) -
     elif body.revision is not None:
         raise InvalidRequestError("a replica's own switch has no revision", param="revision")
     else:
-        services.directory.local_kill = body.action
-        log.warning(
-            "kill switch of this replica: %s, by %s via %s: %a",
-            body.action,
-            written.by,
-            written.via,
-            written.reason,
-        )
+        set_own_kill(services, body.action, written)
     return await kill_view(services)
 
 
+def set_own_kill(services: Services, action: KillAction, author: Author) -> None:
+    """Of this replica alone; needs no store, so the log has it instead of the audit."""
+    services.directory.local_kill = action
+    told = "kill switch of this replica: %s, by %s via %s: %a"
+    log.warning(told, action, author.by, author.via, author.reason)
+
+
 async def kill_view(services: Services) -> KillView:
-    """Never raises for want of the store: the switch is for bad days."""
+    """Never raises or waits long for want of the store: the switch is for bad days."""
     replica = services.directory.local_kill
     try:
-        state = await services.control.state()
+        async with asyncio.timeout(STORE_S):
+            state = await services.control.state()
+    except TimeoutError:
+        problem = f"the store did not answer within {STORE_S:g} s"
+        return KillView(fleet=None, replica=replica, problem=problem)
     except StoreError as error:
         return KillView(fleet=None, replica=replica, problem=str(error))
     fleet = FleetKill(action=state.kill, revision=state.kill_revision)

@@ -1,6 +1,8 @@
 """The kill switch over HTTP: the fleet's, and this replica's own without a store."""
 
+import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -12,6 +14,17 @@ from tests.server.admin.conftest import API, Admin, Opened
 
 pytestmark = pytest.mark.anyio
 KILL = f"{API}/kill"
+
+
+class HungStore(MemoryStore):
+    """One behind a network that swallows everything, from `is_hung` on."""
+
+    is_hung = False
+
+    async def changes(self, since: int = 0) -> Changes:
+        if self.is_hung:
+            await asyncio.sleep(60)
+        return await super().changes(since)
 
 
 class LostStore(MemoryStore):
@@ -97,6 +110,27 @@ async def test_the_replicas_own_switch_works_while_the_store_is_down(
         await admin.put(KILL, json=body | {"action": "none"})
         assert admin.services.directory.kill == "none"
         assert await admin.actions() == []  # the log has it, the audit has not
+
+
+async def test_the_replicas_own_switch_does_not_wait_for_a_store_that_hangs(opened: Opened) -> None:
+    """Its answer came after the command had given up, as if nothing had been done."""
+    store = HungStore()
+    async with opened(store) as admin:
+        store.is_hung = True
+        started = time.monotonic()
+        body = {"action": "reject", "scope": "replica", "reason": "incident"}
+        response = await admin.put(KILL, json=body)
+        assert time.monotonic() - started < 3
+        assert (response.status_code, response.json()["replica"]) == (200, "reject")
+        assert response.json()["fleet"] is None and "did not answer" in response.json()["problem"]
+
+
+async def test_the_switch_needs_no_room_among_clients_bodies(admin: Admin) -> None:
+    """Under a load that filled the budget of bodies, it was refused with a 429."""
+    bodies = admin.services.bodies
+    bodies.held = bodies.max_bytes
+    response = await admin.put(KILL, json={"action": "reject", "reason": "incident"})
+    assert response.status_code == 200
 
 
 async def test_the_replicas_own_switch_has_no_revision(admin: Admin) -> None:
