@@ -139,7 +139,9 @@ async def create_key(request: Request, name: str) -> Response:
     control = services_of(request).control
     try:
         lasts = _choice(change.text("lasts"), KEY_DURATIONS, "lasts")
-        made = await control.create_key(name, change.text("id"), change.author, lasts)
+        made = await control.create_key(
+            name, change.text("id"), change.author, lasts, change.number("keys_revision")
+        )
     except (InvalidRequestError, ExistsError, ConflictError) as error:
         return await tenant_page(request, name, error_status(error), error=f"No key made: {error}")
     return await tenant_page(request, name, new_key=made)
@@ -151,8 +153,9 @@ async def rotate_key(request: Request, name: str, key_id: str) -> Response:
     control = services_of(request).control
     try:
         overlap_s = _choice(change.text("overlap"), OVERLAPS, "overlap") or 0.0
+        seen = change.number("keys_revision")
         made = await control.rotate_key(
-            name, key_id, change.text("new_id"), change.author, overlap_s
+            name, key_id, change.text("new_id"), change.author, overlap_s, seen
         )
     except (InvalidRequestError, ExistsError, ConflictError) as error:
         return await tenant_page(request, name, error_status(error), error=f"Not rotated: {error}")
@@ -164,7 +167,8 @@ async def revoke_key(request: Request, name: str, key_id: str) -> Response:
     change = await read_change(request)
     control = services_of(request).control
     try:
-        revision = await control.revoke_key(name, key_id, change.author)
+        seen = change.number("keys_revision")
+        revision = await control.revoke_key(name, key_id, change.author, seen)
     except (InvalidRequestError, ConflictError) as error:
         return await tenant_page(request, name, error_status(error), error=f"Not revoked: {error}")
     return done(tenant_path(name), "revoked", revision)

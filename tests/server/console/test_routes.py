@@ -167,21 +167,57 @@ async def test_without_a_reason_nothing_is_changed(console: Admin) -> None:
 @pytest.mark.anyio
 async def test_a_key_is_shown_once_rotated_and_revoked(console: Admin) -> None:
     control = console.services.control
-    form = await form_of(console, id="ci")
+    form = await form_of(console, id="ci", keys_revision="0")
     made = await console.post("/tenants/acme/keys", data=form)
     key = re.search(r'value="(dsk-[^"]+)"', made.text)
     assert key is not None
     assert key[1] not in (await console.get("/tenants/acme")).text
     assert (await console.post("/tenants/acme/keys", data=form)).status_code == 409  # reloaded
+    form |= await keys_revision(console)
     rotated = await console.post(
         "/tenants/acme/keys/ci/rotate", data=form | {"new_id": "ci-2", "overlap": "3600"}
     )
     assert "dsk-" in rotated.text and key[1] not in rotated.text
     old, new = (await control.tenant("acme")).keys
     assert old.expires_at is not None and new.expires_at is None
+    form |= await keys_revision(console)
     gone = await console.post("/tenants/acme/keys/ci-2/revoke", data=form)
     assert gone.headers["location"].startswith("/tenants/acme?done=revoked")
     assert all(each.expires_at is not None for each in (await control.tenant("acme")).keys)
+
+
+async def keys_revision(console: Admin) -> dict[str, str]:
+    """What the forms about keys hold; all of a page hold the same."""
+    page = (await console.get("/tenants/acme")).text
+    (found,) = set(re.findall(r'name="keys_revision" value="(\d+)"', page))
+    return {"keys_revision": found}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["", "/ci/rotate", "/ci/revoke"])
+async def test_a_stale_form_about_keys_changes_nothing(console: Admin, path: str) -> None:
+    """They were sent without the revision that the operator had seen."""
+    control = console.services.control
+    await control.create_key("acme", "ci", SETUP)
+    form = await form_of(console, id="two", new_id="two", overlap="0")
+    form |= await keys_revision(console)
+    await control.create_key("acme", "meanwhile", SETUP)
+    response = await console.post(f"/tenants/acme/keys{path}", data=form)
+    assert response.status_code == 409 and "changed in the meantime" in response.text
+    keys = (await control.tenant("acme")).keys
+    assert [(key.id, key.expires_at) for key in keys] == [("ci", None), ("meanwhile", None)]
+
+
+@pytest.mark.anyio
+async def test_what_a_lost_store_did_is_not_said_to_be_nothing(
+    console: Admin, store: LostStore
+) -> None:
+    """The page said so although the store may have been lost after the change."""
+    form = await form_of(console)
+    store.is_lost = True
+    response = await console.post("/tenants/acme/policy", data=form)
+    assert response.status_code == 503
+    assert "Nothing was changed" not in response.text and "is not known" in response.text
 
 
 @pytest.mark.anyio
