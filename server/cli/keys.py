@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from server.cli.control import AdminStoreOption, ByOption, ReasonOption, author, duration, operate
+from server.cli.control import (
+    AdminStoreOption,
+    ByOption,
+    ReasonOption,
+    RevisionOption,
+    author,
+    duration,
+    operate,
+)
 from server.cli.display import cell, lasting, moment, table
 from server.cli.options import JsonOption, console, print_json
 from server.control import NewKey, TenantState
@@ -32,7 +40,9 @@ def list_keys(
     if as_json:
         print_json(keys_as_json(held, now))
     elif held.keys:
-        console().print(keys_table(held, now))
+        printer = console()
+        printer.print(keys_table(held, now))
+        printer.print(f"revision {held.keys_revision}")
     else:
         console().print(cell(f"no keys yet: deshift keys create {tenant} KEY_ID makes one"))
 
@@ -46,13 +56,16 @@ def create(
         float | None,
         typer.Option(parser=duration, help="How long it is good for: 30d.", metavar="DURATION"),
     ] = None,
+    revision: RevisionOption = None,
     by: ByOption = None,
     store: AdminStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and print it, this once."""
     who = author(by, reason)
-    made = operate(store, lambda control: control.create_key(tenant, key_id, who, expires))
+    made = operate(
+        store, lambda control: control.create_key(tenant, key_id, who, expires, revision)
+    )
     _print_new(tenant, made, as_json)
 
 
@@ -68,13 +81,17 @@ def rotate(
         ),
     ],
     reason: ReasonOption,
+    revision: RevisionOption = None,
     by: ByOption = None,
     store: AdminStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key in place of another and print it, this once."""
     who = author(by, reason)
-    made = operate(store, lambda control: control.rotate_key(tenant, key_id, new_id, who, overlap))
+    made = operate(
+        store,
+        lambda control: control.rotate_key(tenant, key_id, new_id, who, overlap, revision),
+    )
     until = "no longer good" if overlap == 0 else f"good for {lasting(overlap)} more at most"
     typer.echo(f"the key {key_id} is {until}", err=True)
     _print_new(tenant, made, as_json)
@@ -85,17 +102,18 @@ def revoke(
     tenant: TenantArgument,
     key_id: KeyArgument,
     reason: ReasonOption,
+    revision: RevisionOption = None,
     by: ByOption = None,
     store: AdminStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """End a key now."""
     who = author(by, reason)
-    revision = operate(store, lambda control: control.revoke_key(tenant, key_id, who))
+    done = operate(store, lambda control: control.revoke_key(tenant, key_id, who, revision))
     if as_json:
-        print_json({"tenant": tenant, "id": key_id, "revision": revision})
+        print_json({"tenant": tenant, "id": key_id, "revision": done})
     else:
-        console().print(cell(f"the key {key_id} of {tenant} has ended, revision {revision}"))
+        console().print(cell(f"the key {key_id} of {tenant} has ended, revision {done}"))
 
 
 def keys_table(tenant: TenantState, now: float) -> Table:

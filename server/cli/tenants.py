@@ -124,7 +124,8 @@ def _row(tenant: TenantState, now: float) -> tuple[object, ...]:
 
 
 def _as_json(tenant: TenantState, now: float) -> dict[str, object]:
-    return {**policy_as_json(tenant, now), "keys": keys_as_json(tenant, now)}
+    keys = {"keys": keys_as_json(tenant, now), "keys_revision": tenant.keys_revision}
+    return {**policy_as_json(tenant, now), **keys}
 
 
 def _warn(state: StoreState) -> None:

@@ -102,3 +102,21 @@ def test_what_cannot_be_is_said_and_no_key_is_made(
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert said in result.stderr
     assert list(keys(acme)) == ["main"]
+
+
+@pytest.mark.parametrize(
+    "command", [("create", "two"), ("rotate", "main", "two", "--overlap", "0s"), ("revoke", "main")]
+)
+def test_a_stale_revision_of_the_keys_changes_nothing(
+    acme: Deshift, command: tuple[str, ...]
+) -> None:
+    """The commands had no way to say what was seen."""
+    assert acme("keys", "create", "acme", "main", *WHY).exit_code == 0
+    seen = json.loads(acme("tenants", "show", "acme", "--json").stdout)["keys_revision"]
+    assert f"revision {seen}" in acme("keys", "list", "acme").stdout
+    assert acme("keys", "create", "acme", "meanwhile", *WHY).exit_code == 0
+    name, *rest = command
+    stale = acme("keys", name, "acme", *rest, "--revision", str(seen), *WHY)
+    assert stale.exit_code == 1 and "changed in the meantime" in stale.stderr
+    told = keys(acme)
+    assert set(told) == {"main", "meanwhile"} and told["main"]["expires_at"] is None
