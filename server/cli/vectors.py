@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from server.cli.control import AdminStoreOption
 from server.cli.options import (
     JsonOption,
     StoreOption,
@@ -102,10 +103,10 @@ def activate(
         typer.Option(help="The alias; by default the one that the server follows."),
     ] = None,
     reason: ReasonOption = _REASON,
-    store: StoreOption = None,
+    store: AdminStoreOption = None,
 ) -> None:
     """Point an alias to a vector set; running servers follow without a restart."""
-    settings = settings_with({"store": store})
+    settings = settings_with({"admin_store": store})
     alias = alias or settings.vector_alias
 
     async def move(opened: Store) -> tuple[str, str | None]:
@@ -114,7 +115,7 @@ def activate(
         await point_alias(opened, alias, vector_id, by=operator_name(), reason=reason)
         return vector_id, before
 
-    vector_id, before = with_store(settings.store_url, move)
+    vector_id, before = with_store(settings.admin_store or settings.store_url, move)
     was = f", was {before}" if before not in (None, vector_id) else ""
     typer.echo(f"alias {alias} points to {vector_id}{was}")
 
@@ -124,11 +125,12 @@ def add(
     file: Annotated[Path, typer.Argument(help="A vector set's file.")],
     alias: Annotated[str | None, typer.Option(help="Point this alias to it.")] = None,
     reason: ReasonOption = _REASON,
-    store: StoreOption = None,
+    store: AdminStoreOption = None,
 ) -> None:
     """Put a vector set's file into the store."""
     vector_set = ShiftVectors.load(file)
-    vector_id = _put(settings_with({"store": store}).store_url, vector_set, alias, reason)
+    settings = settings_with({"admin_store": store})
+    vector_id = _put(settings.admin_store or settings.store_url, vector_set, alias, reason)
     typer.echo(vector_id if alias is None else f"{vector_id}\nalias {alias} points to it")
 
 

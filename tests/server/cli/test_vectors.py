@@ -118,6 +118,19 @@ def test_activate_moves_the_alias_and_says_what_it_was(filled: Deshift, tmp_path
     assert aliases(in_cache(tmp_path)) == {"default": TWO.id, "spare": ONE.id}
 
 
+def test_changes_go_to_the_store_that_operators_may_write(
+    filled: Deshift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They went by the servers' credentials, which may only read, unlike every other command's."""
+    monkeypatch.setenv("DESHIFT_ADMIN_STORE", in_cache(tmp_path))
+    monkeypatch.setenv("DESHIFT_STORE", f"sqlite:///{tmp_path}/readers.db")
+    assert filled("vectors", "activate", TWO.id).exit_code == 0
+    assert filled("vectors", "add", tmp_path / "set.safetensors", "--alias", "b").exit_code == 0
+    assert aliases(in_cache(tmp_path)) == {"default": TWO.id, "b": TWO.id}
+    other = f"sqlite:///{tmp_path}/other.db"
+    assert filled("vectors", "add", tmp_path / "set.safetensors", "--store", other).exit_code == 0
+
+
 def test_activating_an_unknown_or_damaged_set_leaves_the_last_good_one(
     filled: Deshift, tmp_path: Path
 ) -> None:
