@@ -26,7 +26,7 @@ def row_delta(plan: SteeringPlan, vectors: ShiftVectors) -> Tensor:
     delta = plan.alpha * scheduled(vectors.mean, plan.schedule)
     doses = relative_dose(delta, vectors)
     worst = int(doses.argmax())
-    if doses[worst] > plan.max_relative_dose:
+    if not doses[worst] <= plan.max_relative_dose:  # NaN is over any cap
         raise PlanError(
             f"alpha {plan.alpha:g} with schedule {plan.schedule} moves layer {worst} by "
             f"{doses[worst]:.3f} of its hidden state's norm; the limit is "

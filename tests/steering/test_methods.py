@@ -67,6 +67,12 @@ def test_a_dose_over_the_cap_is_refused_with_layer_dose_and_cap(vectors: ShiftVe
     row_delta(plan(vectors, 0.6, "single:0", cap=0.5), vectors)
 
 
+def test_a_dose_that_is_no_number_is_over_any_cap(vectors: ShiftVectors) -> None:
+    """An alpha beyond float32 times a layer's zero is NaN, and it was subtracted."""
+    with pytest.raises(PlanError, match="by nan of its hidden state's norm"):
+        row_delta(plan(vectors, alpha=1e39, schedule="single:0"), vectors)
+
+
 def test_another_vector_set_than_the_plans_is_refused(vectors: ShiftVectors) -> None:
     with pytest.raises(PlanError, match=vectors.id):
         row_delta(plan(vectors, 0.5), shift_vectors())
