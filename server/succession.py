@@ -112,5 +112,5 @@ def _given_up(document: Document) -> int:
     """The revision that a document of succession names; -1 where it cannot be read."""
     try:
         return int(json.loads(document.value or "")["revision"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return -1

@@ -85,7 +85,7 @@ def test_an_operators_word_counts_for_the_revisions_that_it_names_and_once(
     assert not in_force.is_succeeded_by(back)
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", '{"revision": "x"}', "{}"])
+@pytest.mark.parametrize("text", [None, "", "[]", '{"revision": "x"}', '{"revision": 1e999}', "{}"])
 def test_a_word_that_cannot_be_read_is_none(in_force: InForce, text: str | None) -> None:
     mark = document(SUCCESSION_PREFIX + "one", 5, text)
     assert not in_force.is_succeeded_by(Changes("two", 5, (mark,)))
