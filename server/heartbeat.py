@@ -64,20 +64,20 @@ class Heartbeat:
         try:
             while True:
                 self._changed.clear()
-                await self._beat(json.dumps(self._status(), separators=(",", ":")))
+                await self._beat(lambda: json.dumps(self._status(), separators=(",", ":")))
                 await asyncio.sleep(min(MIN_GAP_S, self._interval_s))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._interval_s):
                         await self._changed.wait()
         finally:
-            await self._beat("")
+            await self._beat(lambda: "")
 
-    async def _beat(self, status: str) -> None:
+    async def _beat(self, status: Callable[[], str]) -> None:
         problem = None
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 ttl_s = max(MIN_TTL_S, 5 * self._interval_s)
-                await self._store.heartbeat(self._replica, status, ttl_s)
+                await self._store.heartbeat(self._replica, status(), ttl_s)
         except TimeoutError:
             problem = f"the store did not answer within {TIMEOUT_S:g} s"
         except StoreError as error:

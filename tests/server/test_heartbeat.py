@@ -82,6 +82,16 @@ async def test_a_store_that_takes_no_heartbeat_stops_nothing_and_is_told_of_once
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
+async def test_a_status_that_cannot_be_made_once_does_not_end_the_beating() -> None:
+    """The task ended, and a replica that served was never seen again."""
+    store, count = DeafStore(), iter(range(100))
+    heartbeat = Heartbeat(store, "one", 0.01, lambda: {"beat": 1 / next(count)}, asyncio.Event())
+    task = asyncio.create_task(heartbeat.run())
+    await until(lambda: len(store.ttls) > 2)
+    assert "one" in await store.replicas()
+    await ended(task)
+
+
 async def test_the_status_says_what_is_in_force_here() -> None:
     store = MemoryStore()
     vector_id = await publish(store)
