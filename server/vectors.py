@@ -174,6 +174,8 @@ class VectorCatalogue:
             vectors, problem = await self._read(vector_id)
             if vectors is not None:
                 problem = await asyncio.to_thread(_misfit, vectors, self._identity)
+            if self._tasks.get(vector_id) is not asyncio.current_task():
+                return  # nobody wants it any more, and the cancellation was lost (tasks.py)
             self._trying.discard(vector_id)
             if problem is not None:
                 self._fail(vector_id, problem)

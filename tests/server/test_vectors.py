@@ -5,6 +5,7 @@ import gc
 import logging
 import weakref
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -247,6 +248,30 @@ async def test_what_failed_is_tried_again_whatever_was_raised(
     store.error = None
     await until(lambda: active_id(catalogue) == vector_id)
     assert catalogue.problem("default") is None
+
+
+async def test_a_reader_whose_cancellation_was_lost_ends_all_the_same(
+    store: BreakableStore, catalogue: VectorCatalogue
+) -> None:
+    """It read for ever what nobody wanted, or took away the entry of who read it anew."""
+    get_vectors = store.get_vectors
+
+    async def losing_the_cancellation(vector_id: str) -> ShiftVectors:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return await get_vectors(vector_id)
+
+    vector_id = await publish(store)
+    store.reads.clear()
+    store.get_vectors = losing_the_cancellation  # type: ignore[method-assign]
+    catalogue.follow({"default": vector_id}, DEFAULT)
+    await asyncio.sleep(0)
+    before = asyncio.all_tasks()
+    catalogue.follow({}, DEFAULT)
+    store.error = StoreError("disk full of bees")
+    await until(lambda: vector_id in store.reads)
+    await until(lambda: len(asyncio.all_tasks() & before) < len(before))
+    assert store.reads == [vector_id] and not catalogue.held
 
 
 async def test_a_set_that_never_comes_holds_up_no_other(
