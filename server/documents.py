@@ -103,12 +103,16 @@ class TenantDocument(_Model):
 
 
 class KeyRecord(_Model):
-    """An API key: the sha256 of it in hex, never the key. expires_at: unix seconds."""
+    """An API key: the sha256 of it in hex, never the key. expires_at: unix seconds.
+
+    is_revoked: good for nothing, whatever a replica's clock says beside that of the operator's.
+    """
 
     id: str
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     created_at: float
     expires_at: float | None = None
+    is_revoked: bool = False
 
     @field_validator("id")
     @classmethod
@@ -116,7 +120,7 @@ class KeyRecord(_Model):
         return check_name(name)
 
     def is_valid(self, now: float) -> bool:
-        return self.expires_at is None or now < self.expires_at
+        return not self.is_revoked and (self.expires_at is None or now < self.expires_at)
 
 
 class KeysDocument(_Model):

@@ -19,7 +19,6 @@ from server.config import PREFIX, Settings, is_loopback, parse_admin_keys
 from server.control import KEY_START
 from server.directory import Principal, TenantDirectory
 from server.documents import DEFAULT_TENANT
-from server.engine.types import QueueFullError
 from server.errors import (
     AuthenticationError,
     BodyTooLargeError,
@@ -249,7 +248,8 @@ class RateLimits:
 
 class BodyLimit:
     """Refuses a body over the limit, or beyond what all bodies together may take, before it is
-    parsed, whether its length is declared or not.
+    parsed, whether its length is declared or not. The budget counts what has come: what is only
+    declared would keep others out for nothing.
 
     Handlers give the body's share back (`body_share_of`) when they hold nothing of it any more.
     """
@@ -275,10 +275,8 @@ class BodyLimit:
                 self._take(share, num_bytes)
             return message
 
-        try:
-            self._take(share, int(declared) if declared.isdecimal() else 0)
-        except (BodyTooLargeError, QueueFullError) as error:
-            await error_response(error)(scope, receive, send)
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await error_response(self._too_large())(scope, receive, send)
             return
         try:
             await self._app(scope, receive_limited, send)
@@ -287,5 +285,8 @@ class BodyLimit:
 
     def _take(self, share: BodyShare, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
-            raise BodyTooLargeError(f"the body is larger than {self._max_bytes} bytes")
+            raise self._too_large()
         share.grow_to(num_bytes)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(f"the body is larger than {self._max_bytes} bytes")

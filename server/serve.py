@@ -79,18 +79,18 @@ async def run(app: FastAPI, sock: socket.socket, admin_sock: socket.socket) -> N
     """
     services: Services = app.state.services
     async with app.router.lifespan_context(app):
-        public = DrainingServer(app, services)
         admin = AdminServer(create_admin_app(services))
-        tasks = [
-            asyncio.create_task(public.serve(sockets=[sock])),
-            asyncio.create_task(admin.serve(sockets=[admin_sock])),
-        ]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            public.should_exit = admin.should_exit = True
-            admin.force_exit = public.force_exit
-            await asyncio.gather(*tasks)
+        public = DrainingServer(app, services, admin)
+        with public.capture_signals():  # until both have ended
+            tasks = [
+                asyncio.create_task(public.serve(sockets=[sock])),
+                asyncio.create_task(admin.serve(sockets=[admin_sock])),
+            ]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                public.should_exit = admin.should_exit = True
+                await asyncio.gather(*tasks)
 
 
 def _config(app: FastAPI) -> uvicorn.Config:
@@ -126,11 +126,14 @@ class AdminServer(uvicorn.Server):
 class DrainingServer(uvicorn.Server):
     """On the first signal: 503 for what is new, until what runs has finished; then stop.
 
-    On the second signal: stop at once. What runs ends with an error.
+    On the second signal: stop at once, `beside` too. What runs ends with an error.
     """
 
-    def __init__(self, app: FastAPI, services: Services) -> None:
+    def __init__(
+        self, app: FastAPI, services: Services, beside: uvicorn.Server | None = None
+    ) -> None:
         super().__init__(_config(app))
+        self._beside = beside
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
@@ -158,6 +161,8 @@ class DrainingServer(uvicorn.Server):
         self._tasks.append(asyncio.create_task(drain(self._services, timeout_s=0.0)))
         self.config.timeout_graceful_shutdown = 1  # for connections whose client does not read
         self.should_exit = self.force_exit = True
+        if self._beside is not None:
+            self._beside.should_exit = self._beside.force_exit = True
 
     async def _drain(self) -> None:
         try:

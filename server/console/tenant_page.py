@@ -25,8 +25,9 @@ from server.services import services_of
 HISTORY_SIZE = 10
 MEANWHILE_SIZE = 50  # changes that a stale form is told of
 HOUR, DAY = 3600, 86400
+PERMANENT = "permanent"
 DURATIONS = (
-    ("", "until changed"),
+    (PERMANENT, "until changed"),
     (str(HOUR // 4), "15 minutes"),
     (str(HOUR // 2), "30 minutes"),
     (str(HOUR), "1 hour"),
@@ -81,6 +82,7 @@ async def tenant_page(request: Request, name: str, status: int = 200, **values: 
     state, fleet = await read_fleet(control)
     (row,) = await with_ages(control, [tenant_row(tenant, state, fleet.replicas, now)])
     policy = tenant.document.in_force(now)
+    is_temporary = tenant.document.until is not None and now < tenant.document.until.at
     entries = await control.audit(HISTORY_SIZE, tenant=name)
     defaults: dict[str, Any] = {
         "row": row,
@@ -91,8 +93,9 @@ async def tenant_page(request: Request, name: str, status: int = 200, **values: 
         "errors": {},
         "form_revision": tenant.revision,
         "typed_reason": "",
-        "lasts": "",
-        "durations": DURATIONS,
+        # While a temporary policy runs, saving must not make all of it permanent unasked.
+        "lasts": "" if is_temporary else PERMANENT,
+        "durations": (("", "choose"), *DURATIONS) if is_temporary else DURATIONS,
         "key_durations": KEY_DURATIONS,
         "overlaps": OVERLAPS,
         "conflict": None,

@@ -20,6 +20,7 @@ from server.console.tenant_page import (
     DURATIONS,
     KEY_DURATIONS,
     OVERLAPS,
+    PERMANENT,
     Answer,
     Asked,
     conflict_page,
@@ -225,5 +226,6 @@ def _preview_body(name: str, asked: Asked, change: Change) -> PreviewBody:
 def _choice(text: str, choices: Sequence[tuple[str, str]], name: str) -> float | None:
     """Seconds of one of the choices; None for the one without. Raises InvalidRequestError."""
     if text not in {value for value, _ in choices}:
-        raise InvalidRequestError(f"{name} is none of the choices", param=name)
-    return float(text) if text else None
+        told = "choose for how long" if not text else f"{name} is none of the choices"
+        raise InvalidRequestError(told, param=name)
+    return None if text in ("", PERMANENT) else float(text)

@@ -157,7 +157,7 @@ class Control:
         text, record = new_key(new_id, None, self.now())
         keys = with_new(held, record)
         revision = await self._set_keys(
-            "key.rotate", held, ending(tenant, keys, key_id, self.now() + overlap_s), author
+            "key.rotate", held, ending(tenant, keys, key_id, self.now(), overlap_s), author
         )
         return NewKey(text, record, revision)
 

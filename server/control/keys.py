@@ -37,17 +37,23 @@ def new_key(key_id: str, expires_in_s: float | None, now: float) -> tuple[str, K
 
 
 def ending(
-    tenant: str, keys: tuple[KeyRecord, ...], key_id: str, end: float
+    tenant: str, keys: tuple[KeyRecord, ...], key_id: str, now: float, in_s: float = 0.0
 ) -> tuple[KeyRecord, ...]:
-    """The keys, with one that ends at `end` if it does not before. Raises NoSuchTenantError."""
+    """The keys, with one that ends in `in_s` seconds, if it does not before; with 0 it is revoked.
+
+    Raises NoSuchTenantError.
+    """
     if key_id not in {key.id for key in keys}:
         raise NoSuchTenantError(f"the tenant {tenant!r} has no key {key_id[:80]!r}")
-    return tuple(
-        key.model_copy(update={"expires_at": end})
-        if key.id == key_id and key.is_valid(end)
-        else key
-        for key in keys
-    )
+    return tuple(_ending(key, now, in_s) if key.id == key_id else key for key in keys)
+
+
+def _ending(key: KeyRecord, now: float, in_s: float) -> KeyRecord:
+    if in_s > 0:
+        end = now + in_s
+        return key.model_copy(update={"expires_at": end}) if key.is_valid(end) else key
+    end_now = now if key.is_valid(now) else key.expires_at
+    return key.model_copy(update={"expires_at": end_now, "is_revoked": True})
 
 
 def key_digest(text: str) -> str:

@@ -62,6 +62,8 @@ def state_of(
             if is_strict:
                 raise
             unreadable[document.key] = str(error)
+            if kind is KillDocument:  # so that it can be replaced by who has seen it
+                kill_revision = document.revision
             continue
         match parsed:
             case TenantDocument():

@@ -378,3 +378,13 @@ async def test_making_a_tenant_is_not_reverted_under_its_keys(bench: Bench) -> N
     with pytest.raises(ConflictError, match="keys/acme"):
         await bench.control.revert(1, AUTHOR)
     assert len((await bench.control.tenant("acme")).keys) == 1
+
+
+async def test_a_revoked_key_is_good_for_nothing_by_any_clock(bench: Bench) -> None:
+    """It ended at the operator's time of day: a replica whose clock was behind still took it."""
+    control = bench.control
+    made = await control.create_key("acme", "k", AUTHOR)
+    await control.rotate_key("acme", "k", "k-2", AUTHOR, overlap_s=0.0)
+    await control.revoke_key("acme", "k-2", AUTHOR)
+    keys = (await control.tenant("acme")).keys
+    assert [key.is_valid(made.record.created_at - 3600) for key in keys] == [False, False]

@@ -1,11 +1,15 @@
 """Request id, key, body limit, in-flight count and log, for every path."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from server.middleware import BodyLimit
+from server.services import BodyBudget
 from tests.server.fakes import FakeEngine, chat_body
 
 PATH = "/v1/chat/completions"
@@ -102,6 +106,22 @@ def test_a_declared_body_over_the_limit_is_refused_before_it_is_read(
     assert response.status_code == 413
     assert error_of(response)["code"] == "request_too_large"
     assert client.post(PATH, json=chat_body("x" * 50)).status_code == 200
+
+
+def test_a_length_that_is_only_declared_keeps_nobody_out() -> None:
+    """Sixteen connections that sent nothing held the whole budget for as long as they liked."""
+    budget, held = BodyBudget(4096), []
+
+    async def app(*_: Any) -> None:
+        held.append(budget.held)
+
+    scope = {"type": "http", "state": {}, "headers": [(b"content-length", b"4096")]}
+    asyncio.run(BodyLimit(app, 4096, budget)(scope, _no_message, _no_message))
+    assert held == [0] and budget.held == 0
+
+
+async def _no_message(*_: Any) -> Any:
+    raise AssertionError("nothing is read or sent")
 
 
 def test_a_body_over_the_limit_is_refused_also_when_its_length_is_not_declared(

@@ -64,7 +64,7 @@ async def form_of(console: Admin, path: str = "/tenants/acme", **changes: str) -
     token = re.search(r'name="csrf" value="([0-9a-f]+)"', page)
     revision = re.search(r'name="revision" value="(\d+)"', page)
     assert token is not None
-    values = values_of(policy()) | {"csrf": token[1], "reason": "because", "lasts": ""}
+    values = values_of(policy()) | {"csrf": token[1], "reason": "because", "lasts": "permanent"}
     return values | {"revision": revision[1] if revision else "0"} | changes
 
 
@@ -151,6 +151,20 @@ async def test_a_policy_with_an_end_falls_back(console: Admin) -> None:
 
 
 @pytest.mark.anyio
+async def test_saving_while_a_temporary_policy_runs_asks_for_how_long(console: Admin) -> None:
+    """The form's first choice would have made all of the temporary policy permanent."""
+    form = await form_of(console, alpha="0.9", lasts="1800")
+    assert (await console.post("/tenants/acme/policy", data=form)).status_code == 303
+    page = (await console.get("/tenants/acme")).text
+    assert '<option value="" selected>choose</option>' in page
+    revision = (await console.services.control.tenant("acme")).revision
+    again = form | {"alpha": "0.8", "lasts": "", "revision": str(revision)}
+    response = await console.post("/tenants/acme/policy", data=again)
+    assert response.status_code == 400 and "choose for how long" in response.text
+    assert (await console.services.control.tenant("acme")).document.policy.alpha == 0.9
+
+
+@pytest.mark.anyio
 async def test_a_form_that_changes_nothing_makes_no_revision(console: Admin) -> None:
     response = await console.post("/tenants/acme/policy", data=await form_of(console))
     assert response.headers["location"] == "/tenants/acme?done=same"
@@ -167,7 +181,7 @@ async def test_without_a_reason_nothing_is_changed(console: Admin) -> None:
 @pytest.mark.anyio
 async def test_a_key_is_shown_once_rotated_and_revoked(console: Admin) -> None:
     control = console.services.control
-    form = await form_of(console, id="ci", keys_revision="0")
+    form = await form_of(console, id="ci", keys_revision="0", lasts="")
     made = await console.post("/tenants/acme/keys", data=form)
     key = re.search(r'value="(dsk-[^"]+)"', made.text)
     assert key is not None
@@ -199,7 +213,7 @@ async def test_a_stale_form_about_keys_changes_nothing(console: Admin, path: str
     """They were sent without the revision that the operator had seen."""
     control = console.services.control
     await control.create_key("acme", "ci", SETUP)
-    form = await form_of(console, id="two", new_id="two", overlap="0")
+    form = await form_of(console, id="two", new_id="two", overlap="0", lasts="")
     form |= await keys_revision(console)
     await control.create_key("acme", "meanwhile", SETUP)
     response = await console.post(f"/tenants/acme/keys{path}", data=form)
