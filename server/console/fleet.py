@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from server.console.diffs import number
 from server.control import Control, StoreState, TenantState
-from server.documents import KillAction, PolicyFields
+from server.documents import TENANT_PREFIX, KillAction, PolicyFields
 
 # in-force: what is asked; behind: an older revision; killed: overridden; failing: asked and not
 # possible; unreachable: the replica has lost the store.
@@ -39,6 +39,7 @@ class Replica:
     local_kill: KillAction
     vectors: Mapping[str, str]
     problems: tuple[str, ...]
+    num_problems: int
     running: int
     waiting: int
 
@@ -179,6 +180,11 @@ def in_force(
         return is_("behind", "has other data")
     if replica.revision < tenant.revision:
         return is_("behind" if replica.has_store else "unreachable", f"at {replica.revision}")
+    # It may have the revision and not have been able to read it: an older version, say.
+    if any(repr(TENANT_PREFIX + tenant.name) in told for told in replica.problems):
+        return is_("failing", "cannot read it")
+    if replica.num_problems > len(replica.problems):
+        return is_("failing", f"unsure: {replica.num_problems} problems")
     if policy.mode == "dataset" and policy.alpha > 0:
         held = replica.vectors.get(policy.vector_alias)
         if held is None:
@@ -206,7 +212,8 @@ def _replica(name: str, values: Mapping[str, Any]) -> Replica:
         kill=values.get("kill") or "none",
         local_kill=values.get("local_kill") or "none",
         vectors={str(k): str(v) for k, v in (values.get("vectors") or {}).items()},
-        problems=_texts(values.get("problems")),
+        problems=(problems := _texts(values.get("problems"))),
+        num_problems=max(len(problems), int(values.get("num_problems") or 0)),
         running=int(values.get("running") or 0),
         waiting=int(values.get("waiting") or 0),
     )

@@ -40,6 +40,13 @@ def replica(**changes: Any) -> Replica:
         ({"revision": 4, "age_s": None}, "unreachable", "at 4"),
         ({"revision": 5, "store": "unreachable"}, "in-force", "0.8"),  # the last good one
         ({"epoch": "other"}, "behind", "has other data"),
+        (
+            {"problems": ["the document 'tenant/acme' cannot be read: x"]},
+            "failing",
+            "cannot read it",
+        ),
+        ({"problems": ["the document 'tenant/b' cannot be read: x"]}, "in-force", "0.8"),
+        ({"problems": ["a"], "num_problems": 9}, "failing", "unsure: 9 problems"),
         ({"vectors": {}}, "failing", "no vectors default"),
         ({"vectors": {"default": "b" * 64}}, "behind", "older vectors default"),
         ({"kill": "unsteered"}, "killed", "unsteered"),
