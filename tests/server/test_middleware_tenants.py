@@ -58,6 +58,18 @@ def test_a_tenants_key_brings_its_policy_and_its_cache(
         assert fake_engine.requests[-1].namespace == name
 
 
+def test_a_thousand_unknown_keys_leave_nothing_behind(client: TestClient, tenants: Tenants) -> None:
+    """What is counted per key grows with whoever knocks: limits, and metrics' labels."""
+    key = tenants.create("acme", mode="off", requests_per_minute=5, concurrency=2)
+    assert outcome(ask(client, key)) == SERVED
+    limits = client.app.state.services.limits  # type: ignore[attr-defined]
+    counted = list(limits._limiter.storage.events)
+    for number in range(1000):
+        assert outcome(ask(client, f"{TENANTS_FORM}{number}")) == REFUSED
+    assert list(limits._limiter.storage.events) == counted and len(counted) == 1
+    assert not limits._running
+
+
 def test_from_the_first_tenants_key_on_everybody_needs_one(
     client: TestClient, tenants: Tenants
 ) -> None:
