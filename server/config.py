@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -33,6 +34,16 @@ ClientOverride = Literal["none", "strengthen", "any"]
 MIB = 1024 * 1024
 MIN_ADMIN_KEY_LEN = 16
 _ADMIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+
+def _schedule(text: str) -> str:
+    try:
+        return str(Schedule.parse(text))
+    except PlanError as error:
+        raise ValueError(str(error)) from None
+
+
+ScheduleText = Annotated[str, AfterValidator(_schedule)]
 
 
 class Settings(BaseModel):
@@ -106,7 +117,7 @@ class Settings(BaseModel):
     )
     alpha: float = Field(1.0, ge=0, description="Strength; 0 is an exact no-op.")
     alpha_max: float = Field(2.0, ge=0, description="Largest alpha that any request may get.")
-    schedule: str = Field(
+    schedule: ScheduleText = Field(
         "all", description="all, incremental, range:a-b, single:l or incremental:a-b."
     )
     vector_alias: str = Field("default", min_length=1, description="Name of the vector set.")
@@ -215,14 +226,6 @@ class Settings(BaseModel):
         if keys is not None:
             parse_admin_keys(keys.get_secret_value())
         return keys
-
-    @field_validator("schedule")
-    @classmethod
-    def _valid_schedule(cls, text: str) -> str:
-        try:
-            return str(Schedule.parse(text))
-        except PlanError as error:
-            raise ValueError(str(error)) from None
 
     @field_validator("cache")
     @classmethod

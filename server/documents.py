@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from server.config import ClientOverride
+from server.config import ClientOverride, ScheduleText
 from server.engine.types import OnError
 from server.errors import DocumentError
 from steering.corruption import Corruption
-from steering.errors import PlanError
-from steering.plan import Method, Mode, Schedule, Scope
+from steering.plan import Method, Mode, Scope
 from steering.stores.base import ALIAS_PREFIX
 
 TENANT_PREFIX = "tenant/"
@@ -53,7 +52,7 @@ class PolicyFields(_Model):
     method: Method = "subtract"
     alpha: float = Field(1.0, ge=0)
     alpha_max: float = Field(2.0, ge=0)
-    schedule: str = "all"
+    schedule: ScheduleText = "all"
     scope: Scope = "last"
     vector_alias: str = "default"
     corruption: Corruption = "blank"
@@ -63,14 +62,6 @@ class PolicyFields(_Model):
     rollout: float = Field(100.0, ge=0, le=100)
     requests_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
-
-    @field_validator("schedule")
-    @classmethod
-    def _valid_schedule(cls, text: str) -> str:
-        try:
-            return str(Schedule.parse(text))
-        except PlanError as error:
-            raise ValueError(str(error)) from None
 
     @field_validator("vector_alias")
     @classmethod

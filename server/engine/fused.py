@@ -7,8 +7,8 @@ model's own modules within rounding: eager.py is the reference that tests compar
 
 Where a decode step's time goes (SmolLM2-135M, bf16, two AVX512 cores, ms at 1 / 16 rows): the
 model's own modules took 42 / 72, most of it in matrix products at half the speed of memory and in
-some 1,500 small operations. Here it is 22 / 35: the layers' products 12 / 16 (packed, linear.py;
-QKV and gate-up are one each), the head 1.5 / 3.3, attention with rotation and writes 4 / 9 (grouped
+some 1,500 small operations. Here it is 22 / 31: the layers' products 12 / 16 (packed, linear.py;
+QKV and gate-up are one each), the head 1.5 / 3.3, attention with rotation and writes 4 / 7 (grouped
 heads are not expanded, and it looks no further than the longest row), norms 2 / 2, the subtraction
 0.2 / 0.3, and the calls from Python.
 """
