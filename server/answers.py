@@ -5,6 +5,7 @@ Whole or streamed; a client that leaves cancels the request. Does not cover what
 """
 
 import logging
+import time
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -13,7 +14,7 @@ from server.convert import AnswerHead, StreamedAnswer, WholeAnswer, error_frame
 from server.engine.types import EngineEvent, EngineRequest, Finished, SteeringApplied
 from server.errors import GenerationFailedError, error_body
 from server.generation import Generation
-from server.middleware import RequestRecord
+from server.record import RequestRecord
 from server.steered import Steered
 
 log = logging.getLogger("deshift.steering")
@@ -34,6 +35,7 @@ class EngineResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope  # the answer does not depend on it
+        self._record.submitted_at = time.monotonic()
         async with self._generation.running(self._engine_request, receive):
             await self._answer(send)
 
@@ -41,7 +43,7 @@ class EngineResponse(Response):
         raise NotImplementedError
 
     async def _start(self, send: Send, steered: Steered, *headers: tuple[bytes, bytes]) -> None:
-        self._record.steering = steered.log_value
+        self._record.steered = steered
         steering = (b"x-deshift-steering", steered.header.encode("ascii"))
         start = {"type": "http.response.start", "status": 200, "headers": [steering, *headers]}
         await send(start)
@@ -51,6 +53,9 @@ class EngineResponse(Response):
             case Finished():
                 self._record.prompt_tokens = event.prompt_tokens
                 self._record.completion_tokens = event.completion_tokens
+                self._record.cached_tokens = event.cached_tokens
+                self._record.timings = event.timings
+                self._record.projection = event.projection
             case SteeringApplied(failure=str(failure)):
                 log.warning("request_id=%s unsteered: %a", self._record.request_id, failure)
 
@@ -111,6 +116,7 @@ class StreamResponse(EngineResponse):
         except GenerationFailedError as error:
             if not self._is_started:
                 raise
+            self._record.failure = error.kind
             await self._send(send, error_frame(error_body(error)))
         await send({"type": "http.response.body", "body": b""})
 

@@ -23,6 +23,7 @@ from server.engine.api import Engine
 from server.engine.types import EngineError
 from server.errors import ConfigError, ServerError, error_response
 from server.heartbeat import Heartbeat, replica_name, replica_status
+from server.logs import log_request
 from server.media import MediaLimits
 from server.middleware import Auth, BodyLimit, LoopbackHost, RateLimits, RequestContext
 from server.policy import default_fields
@@ -83,7 +84,7 @@ def create_app(
     app.add_middleware(Auth, settings=settings, directory=services.directory)
     if settings.api_key is None:
         app.add_middleware(LoopbackHost)  # Settings let nothing but loopback do without a key
-    app.add_middleware(RequestContext, in_flight=services.in_flight)
+    app.add_middleware(RequestContext, in_flight=services.in_flight, observers=(log_request,))
     return app
 
 

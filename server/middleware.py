@@ -1,4 +1,4 @@
-"""Plain ASGI around every request: id, log line, in-flight count, host, key, limits, body limit.
+"""Plain ASGI around every request: id, record, in-flight count, host, key, limits, body limit.
 
 Never buffers an answer. Does not cover what a path does (routes/).
 """
@@ -8,8 +8,8 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -29,6 +29,7 @@ from server.errors import (
 )
 from server.generation import ClientLeftError
 from server.limits import TenantLimits
+from server.record import Observer, RequestRecord, record_of
 from server.services import BodyBudget, BodyShare, InFlight
 
 log = logging.getLogger("deshift.requests")
@@ -38,24 +39,6 @@ SETTINGS_KEY_ID = "settings"  # stands for DESHIFT_API_KEY where a key's id is t
 CLIENT_LEFT_STATUS = 499  # only in the log: nobody receives it
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]*)?")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-
-
-@dataclass
-class RequestRecord:
-    """What the log line of one request says; handlers fill it in. Never text, images or keys."""
-
-    request_id: str
-    status: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    steering: str = "-"
-    principal: Principal | None = None
-    started: float = field(default_factory=time.monotonic)
-
-
-def record_of(scope: Scope) -> RequestRecord:
-    record: RequestRecord = scope["state"]["record"]
-    return record
 
 
 def principal_of(scope: Scope) -> Principal:
@@ -70,17 +53,29 @@ def body_share_of(scope: Scope) -> BodyShare:
 
 
 class RequestContext:
-    """Outermost: gives the request its id, counts it, logs it, and answers 500 for what escapes."""
+    """Outermost: gives the request its id and record, counts it, answers 500 for what escapes.
 
-    def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
+    At the end it hands the record to the observers, which do not raise.
+    """
+
+    def __init__(
+        self, app: ASGIApp, in_flight: InFlight, observers: Sequence[Observer] = ()
+    ) -> None:
         self._app = app
         self._in_flight = in_flight
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(Headers(scope=scope).get("x-request-id")))
+        headers = Headers(scope=scope)
+        record = RequestRecord(
+            _request_id(headers.get("x-request-id")),
+            method=scope["method"],
+            path=scope["path"][:80],
+            traceparent=headers.get("traceparent"),
+        )
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_id(message: Message) -> None:
@@ -100,32 +95,15 @@ class RequestContext:
                 await error_response(error)(scope, receive, send_with_id)
         finally:
             self._in_flight.count -= 1
-            _log(scope, record)
+            record.status = record.status or CLIENT_LEFT_STATUS
+            record.ended_at = time.monotonic()
+            for observe in self._observers:
+                observe(record)
 
 
 def _request_id(asked: str | None) -> str:
     """The client's id if it is harmless in headers and logs, else one of ours."""
     return asked if asked and _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-
-
-def _log(scope: Scope, record: RequestRecord) -> None:
-    level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
-    principal = record.principal or Principal("-", "-")
-    log.log(
-        level,
-        "request_id=%s tenant=%s key=%s method=%s path=%s status=%d prompt_tokens=%d "
-        "completion_tokens=%d steering=%s seconds=%.3f",
-        record.request_id,
-        principal.tenant,
-        principal.key_id or "-",
-        ascii(scope["method"])[1:-1],
-        ascii(scope["path"][:80]),  # quoted and escaped: a path may hold spaces, CR and LF
-        record.status or CLIENT_LEFT_STATUS,
-        record.prompt_tokens,
-        record.completion_tokens,
-        record.steering,
-        time.monotonic() - record.started,
-    )
 
 
 class LoopbackHost:

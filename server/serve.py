@@ -19,6 +19,7 @@ from server.admin.app import create_admin_app
 from server.app import create_app, drain
 from server.config import PREFIX, Settings
 from server.errors import StartupError
+from server.logs import configure_logging
 from server.services import Services
 
 log = logging.getLogger("deshift")
@@ -34,10 +35,6 @@ def serve(settings: Settings) -> None:
     # First: a taken port costs no loaded model.
     with listening_socket(settings) as sock, admin_socket(settings) as for_operators:
         asyncio.run(run(create_app(settings), sock, for_operators))
-
-
-def configure_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 def listening_socket(settings: Settings) -> socket.socket:

@@ -35,6 +35,7 @@ from server.errors import (
     error_response,
     error_status,
 )
+from server.logs import log_request
 from server.middleware import BodyLimit, LoopbackHost, RequestContext
 from server.routes import status
 from server.services import BodyBudget, InFlight, Services
@@ -94,7 +95,9 @@ def create_admin_app(services: Services) -> FastAPI:
     app.add_middleware(OperatorsOnly)
     if is_loopback(services.settings.admin_host):
         app.add_middleware(LoopbackHost, setting=f"{PREFIX}ADMIN_HOST")
-    app.add_middleware(RequestContext, in_flight=InFlight())  # operators are no load
+    app.add_middleware(  # operators are no load
+        RequestContext, in_flight=InFlight(), observers=(log_request,)
+    )
     app.add_middleware(SecurityHeaders)
     return app
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from server.engine.stats import EngineStats
 from server.engine.types import EngineInputs, EngineRequest, EngineStatus
 from steering.corruption import Corruption
 from steering.models import ModelIdentity
@@ -53,6 +54,10 @@ class Engine(Protocol):
         ...
 
     def status(self) -> EngineStatus: ...
+
+    def stats(self) -> EngineStats:
+        """What it has counted so far."""
+        ...
 
     def start(self) -> None:
         """Start the thread and run the canary; returns when ready. Raises EngineError if not."""

@@ -212,13 +212,16 @@ class RequestTimings:
 class Finished:
     """Terminal: every choice has ended.
 
-    cached_tokens: how many of the prompt's came from the prefix cache.
+    cached_tokens: how many of the prompt's came from the prefix cache. projection: how far the
+    prompt with its pictures lies from text, unsteered, where that was probed: 0 like a text-only
+    prompt, 1 as far as a picture without content moves it.
     """
 
     prompt_tokens: int
     completion_tokens: int
     timings: RequestTimings
     cached_tokens: int = 0
+    projection: float | None = None
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from starlette.types import Receive
 
 from server.answers import StreamResponse, WholeResponse
 from server.convert import AnswerHead, engine_messages, override_of, sampling_params
-from server.directory import Principal
 from server.engine.types import EngineInputs, EngineRequest, OnError, QueueFullError
 from server.errors import InvalidRequestError, RequestTimeoutError
 from server.generation import ClientLeftError, Generation, until_left
 from server.media import decode_images
-from server.middleware import body_share_of, principal_of, record_of
+from server.middleware import body_share_of, principal_of
 from server.policy import Policy, decide, unsteerable
 from server.prompts import prepared
 from server.protocol import ChatCompletionRequest, parse_chat
+from server.record import RequestRecord, record_of
 from server.routes.models import check_model
 from server.services import Services, services_of
 from server.steered import Steered
@@ -48,11 +48,14 @@ async def create_chat_completion(request: Request) -> Response:
         wire = parse_chat(await _body(request))
         check_model(services, wire.model)
         _check_num_choices(services, wire)
-        principal = principal_of(request.scope)
-        policy = services.directory.policy(principal.tenant, time.time())
-        plan, steering = _steering(services, wire, policy, principal)
-        record.steering = Steered(plan).log_value
-        inputs, plan = await _prepared(services, wire, plan, policy.on_error, request.receive)
+        record.has_images, record.is_streamed = bool(wire.image_urls), bool(wire.stream)
+        with record.timed("admission"):
+            policy = services.directory.policy(principal_of(request.scope).tenant, time.time())
+        plan, steering = _steering(services, wire, policy, record)
+        record.steered = Steered(plan)
+        inputs, plan = await _prepared(
+            services, wire, plan, policy.on_error, record, request.receive
+        )
     if plan.reason == "shift-failed":  # why is not logged: templates put conversations into errors
         log.warning("request_id=%s unsteered: its shift cannot be measured", record.request_id)
     body_share_of(request.scope).release()
@@ -119,20 +122,23 @@ async def _body(request: Request) -> bytes:
 
 
 def _steering(
-    services: Services, wire: ChatCompletionRequest, policy: Policy, principal: Principal
+    services: Services, wire: ChatCompletionRequest, policy: Policy, record: RequestRecord
 ) -> tuple[SteeringPlan, RowSteering]:
     """Fix the plan, with one look at the vectors, for the request's life."""
     vectors = services.vectors.active(policy.vector_alias)
+    key_id = record.principal.key_id if record.principal else ""
     try:
-        plan = decide(
-            policy,
-            override_of(wire.steering),
-            bool(wire.image_urls),
-            vectors,
-            kill=services.directory.kill,
-            unit=wire.end_user or principal.key_id,
-        )
-        return plan, services.vectors.steering(plan, vectors)
+        with record.timed("admission"):
+            plan = decide(
+                policy,
+                override_of(wire.steering),
+                bool(wire.image_urls),
+                vectors,
+                kill=services.directory.kill,
+                unit=wire.end_user or key_id,
+            )
+        with record.timed("store"):
+            return plan, services.vectors.steering(plan, vectors)
     except PlanError as error:
         if wire.steering is None:  # then it is the operators' doing, not the client's
             return unsteerable(policy, policy.mode, str(error)), RowSteering()
@@ -144,6 +150,7 @@ async def _prepared(
     wire: ChatCompletionRequest,
     plan: SteeringPlan,
     on_error: OnError,
+    record: RequestRecord,
     client: Receive,
 ) -> tuple[EngineInputs, SteeringPlan]:
     """Pictures and prompt, made in the pool, and the plan that can be followed with them.
@@ -152,7 +159,7 @@ async def _prepared(
     Raises ClientLeftError.
     """
     loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(services.pool, _prepare, services, wire, plan, on_error)
+    work = loop.run_in_executor(services.pool, _prepare, services, wire, plan, on_error, record)
     left = asyncio.create_task(until_left(client))
     try:
         either: set[asyncio.Future[Any]] = {work, left}
@@ -166,7 +173,13 @@ async def _prepared(
 
 
 def _prepare(
-    services: Services, wire: ChatCompletionRequest, plan: SteeringPlan, on_error: OnError
+    services: Services,
+    wire: ChatCompletionRequest,
+    plan: SteeringPlan,
+    on_error: OnError,
+    record: RequestRecord,
 ) -> tuple[EngineInputs, SteeringPlan]:
-    images = decode_images(wire.image_urls, services.media_limits)
-    return prepared(services.engine, engine_messages(wire.messages), images, plan, on_error)
+    with record.timed("media"):
+        images = decode_images(wire.image_urls, services.media_limits)
+    with record.timed("prepare"):
+        return prepared(services.engine, engine_messages(wire.messages), images, plan, on_error)
