@@ -39,29 +39,43 @@ class KVShape:
 
 
 class PromptCache:
-    """The KV of one prompt, filled chunk by chunk: `kv` (L, 2, H, length, Dh)."""
+    """The KV of one prompt, filled chunk by chunk: `kv` (L, 2, H, length, Dh).
+
+    On a CPU there is room behind it, of zeros that take no memory until they are touched: attention
+    over many keys takes them in multiples of STEP.
+    """
+
+    STEP = 256
 
     def __init__(self, shape: KVShape, length: int) -> None:
         self.length = length
-        size = (shape.num_layers, 2, shape.num_heads, length, shape.head_dim)
-        self.kv = paged_zeros(size, shape.dtype, shape.device)
+        room = self.room(length) if shape.device.type == "cpu" else length
+        size = (shape.num_layers, 2, shape.num_heads, room, shape.head_dim)
+        self._memory = paged_zeros(size, shape.dtype, shape.device)
+        self.kv = self._memory[..., :length, :]
         self._start = 0
+
+    @classmethod
+    def room(cls, length: int) -> int:
+        """Tokens that there is room for in a cache of `length`."""
+        return -(-length // cls.STEP) * cls.STEP
 
     def begin(self, start: int) -> None:
         """The next forward pass writes from token `start` on."""
         self._start = start
 
     def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """kv (2, H, T, Dh): store it and return all keys and values up to its end, (H, end, Dh)."""
-        end = self._start + kv.shape[2]
-        own = self.kv[layer]
-        own[:, :, self._start : end] = kv
-        return own[0, :, :end], own[1, :, :end]
+        """kv (2, H, T, Dh): store it and return all keys and values with the room behind them,
+        (H, room, Dh) each."""
+        own = self._memory[layer]
+        own[:, :, self._start : self._start + kv.shape[2]] = kv
+        return own[0], own[1]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """key, value (1, H, T, Dh): store them and return all up to their end."""
         keys, values = self.append(layer, torch.cat([key, value]))
-        return keys[None], values[None]
+        end = self._start + key.shape[2]
+        return keys[None, :, :end], values[None, :, :end]
 
 
 class Slab:
@@ -74,8 +88,8 @@ class Slab:
     what earlier rows left, finite and masked: a masked position still multiplies its value by zero.
     """
 
-    # Of widths: the processor's library compiles a kernel for each shape of a product, so a new one
-    # should be rare.
+    # Of widths: the processor's library compiles a kernel for each shape of a product and keeps it,
+    # so a new one should be rare: at least so much, and an eighth of the next power of two.
     STEP = 32
     SLACK = 64  # so much too wide is narrowed; laying out costs about what ten steps lose by it
 
@@ -154,7 +168,8 @@ class Slab:
         return keys.unflatten(0, size).transpose(-1, -2), values.unflatten(0, size)
 
     def _width_for(self, num_tokens: int) -> int:
-        return min(max(1, -(-num_tokens // self.STEP)) * self.STEP, self.length)
+        step = max(self.STEP, (1 << num_tokens.bit_length()) // 8)
+        return min(max(1, -(-num_tokens // step)) * step, self.length)
 
     def _make(self) -> Tensor:
         """Memory for every layer's keys and values at their widest, (L, 2, numbers)."""

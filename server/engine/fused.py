@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from server.engine.attention import Queries, attend_chunk, attend_rows, queries_of, row_mask
 from server.engine.batch import Batch, Chunk, Output
 from server.engine.cache import Slab
 from server.engine.linear import Linear
@@ -98,7 +99,7 @@ class FusedDecoder:
 
     def _run(self, batch: Batch, seen: list[Tensor] | None) -> Output:
         """`seen` collects what each reader is given at the last tokens."""
-        packing = _Packing(batch, self._device)
+        packing = _Packing(batch, self._device, self._layers[0].group)
         steering = _Steering(batch, packing, self.num_layers, self._device)
         hidden = nn.functional.pad(batch.embeds.float(), (0, 0, 0, packing.padding))
         rotary = self._rotary_tables(batch, packing.padding)
@@ -142,21 +143,21 @@ class _Packing:
     """Where each part of the batch lies among the packed tokens, and what it may see.
 
     lasts: the last token of every chunk, then every row; wanted: those whose states are asked
-    for. Masks are added to the scores; None sees all. padding: zeros behind the last token, so that
-    passes with prefill have few different sizes: for each, oneDNN compiles its products anew, some
-    2 MB of code and 4 ms, and keeps a thousand of them.
+    for. `group`: query heads of a key head. Masks are added to the scores. padding: zeros behind
+    the last token, so that passes with prefill have few different sizes: for each, oneDNN compiles
+    its products anew, some 2 MB of code and 4 ms, and keeps a thousand of them.
     """
 
-    def __init__(self, batch: Batch, device: torch.device) -> None:
+    def __init__(self, batch: Batch, device: torch.device, group: int) -> None:
         dtype = (batch.chunks[0] if batch.chunks else batch.slabs[0]).embeds.dtype
-        self.chunks: list[tuple[Chunk, slice, Tensor | None]] = []
+        self.chunks: list[tuple[Chunk, slice, list[Queries]]] = []
         self.slabs: list[tuple[Slab, slice, Tensor]] = []
         lasts, wanted = [], []
         end = 0
         for chunk in batch.chunks:
             place, end = slice(end, end + len(chunk)), end + len(chunk)
             chunk.cache.begin(chunk.start)
-            self.chunks.append((chunk, place, _chunk_mask(chunk, dtype, device)))
+            self.chunks.append((chunk, place, queries_of(chunk, group, dtype, device)))
             lasts.append(end - 1)
             if chunk.wants_hidden:
                 wanted.append(end - 1)
@@ -165,29 +166,13 @@ class _Packing:
         for rows in batch.slabs:
             place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
             rows.slab.begin(rows.lengths, rows.longest)
-            self.slabs.append((rows.slab, place, _row_mask(rows.lengths, rows.slab.width, dtype)))
+            self.slabs.append((rows.slab, place, row_mask(rows.lengths, rows.slab.width, dtype)))
         self.end = end
         step = FINE_STEP if end <= FINE_BELOW else COARSE_STEP
         self.padding = -end % step if batch.chunks else 0
         rows_range = range(self.first_row, end)
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
-
-
-def _chunk_mask(chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """(T, end): token i of the chunk sees all tokens up to start + i."""
-    if len(chunk) == 1:
-        return None
-    queries = torch.arange(chunk.start, chunk.end, device=device)[:, None]
-    hidden = torch.arange(chunk.end, device=device) > queries
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-
-
-def _row_mask(lengths: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, width): a row sees its own tokens and the new one."""
-    hidden = torch.arange(width, device=lengths.device) > lengths[:, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
-    return mask.masked_fill_(hidden, -torch.inf)[:, None]
 
 
 class _Norm:
@@ -213,6 +198,7 @@ class _Layer:
         self._head_dim = attention.head_dim
         self._num_heads = attention.q_proj.out_features // self._head_dim
         self._num_kv_heads = attention.k_proj.out_features // self._head_dim
+        self.group = self._num_heads // self._num_kv_heads
         self._scaling = attention.scaling
         self._layer = attention.layer_idx
         self._attention_norm = _Norm(module.input_layernorm)
@@ -246,47 +232,17 @@ class _Layer:
         torch.addcmul(rotated * cos, rolled, sin, out=rotated)
         q, key, value = qkv.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
         parts = []
-        for chunk, place, mask in packing.chunks:
+        for chunk, place, queries in packing.chunks:
             kv = torch.stack([key[place], value[place]]).transpose(1, 2)  # (2, H, T, Dh)
             keys, values = chunk.cache.append(self._layer, kv)
-            parts.append(self._attend_chunk(q[place], keys, values, mask))
-        for slab, place, row_mask in packing.slabs:
+            for part in queries:
+                parts.append(attend_chunk(q[place], keys, values, part, self._scaling))
+        for slab, place, mask in packing.slabs:
             keys, values = slab.append(self._layer, key[place], value[place])
-            parts.append(self._attend_rows(q[place], keys, values, row_mask))
+            parts.append(attend_rows(q[place], keys, values, mask, self._scaling))
         if packing.padding:
             parts.append(q.new_zeros(packing.padding, self._num_heads * self._head_dim))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_chunk(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """q (T, Hq, Dh), keys and values (H, end, Dh) -> (T, Hq * Dh).
-
-        The G query heads of a key head stand below each other, so that keys are not expanded.
-        """
-        num_tokens, num_kv_heads = len(q), self._num_kv_heads
-        group = self._num_heads // num_kv_heads
-        q = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
-        q = q.reshape(1, num_kv_heads, group * num_tokens, self._head_dim)
-        if mask is not None:
-            mask = mask.repeat(group, 1)
-        out = nn.functional.scaled_dot_product_attention(
-            q, keys[None], values[None], attn_mask=mask, scale=self._scaling
-        )
-        out = out.view(num_kv_heads, group, num_tokens, self._head_dim)
-        return out.permute(2, 0, 1, 3).reshape(num_tokens, -1)
-
-    def _attend_rows(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """q (B, Hq, Dh), keys (B * H, Dh, width), values (B * H, width, Dh) -> (B, Hq * Dh).
-
-        Two batched products: with so few queries a head, the flash kernel of a CPU spends its
-        time on calls, one after the other.
-        """
-        num_rows = len(q)
-        q = q.reshape(len(keys), -1, self._head_dim)  # (B * H, G, Dh)
-        # Scaled before the product, so that float16 does not overflow.
-        scores = torch.bmm(q * self._scaling, keys).view(num_rows, self._num_heads, -1)
-        weights = scores.add_(mask).softmax(dim=-1)
-        out = torch.bmm(weights.view(*q.shape[:2], -1), values)
-        return out.view(num_rows, -1)
 
 
 class _Steering:
