@@ -42,3 +42,7 @@ class PlanError(SteeringError):
 
 class ModelError(SteeringError):
     """A model cannot be loaded, or its decoder layers cannot be steered."""
+
+
+class EvaluationError(SteeringError):
+    """A suite, a condition, a run's folder or the server under evaluation is not as it must be."""
