@@ -18,7 +18,7 @@ from server.engine.cache import PromptCache
 MANY_KEYS = 384
 # Tokens that attend together by products, so that their scores stay in the processor's caches; a
 # part comes in few sizes, as a cache's room does, since for each a kernel of 1 MB is compiled.
-MAX_QUERIES, QUERIES_STEP = 64, 16
+MAX_QUERIES, FEWEST_QUERIES, QUERIES_STEP = 64, 8, 16
 
 
 class Queries(NamedTuple):
@@ -37,7 +37,9 @@ class Queries(NamedTuple):
     @property
     def padding(self) -> int:
         """Queries that are no tokens."""
-        return -(self.end - self.first) % QUERIES_STEP if self.by_products else 0
+        num = self.end - self.first
+        step = FEWEST_QUERIES if num <= FEWEST_QUERIES else QUERIES_STEP
+        return -num % step if self.by_products else 0
 
 
 def queries_of(chunk: Chunk, group: int, dtype: torch.dtype, device: torch.device) -> list[Queries]:

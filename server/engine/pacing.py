@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 # A step with prefill may take this many times as long as one without. Below 3, since step times
 # scatter, and prefill of a long prompt gets dearer towards its end.
 MAX_STRETCH = 1.75
-MIN_CHUNK = 16
-LONG_STEP_EVERY = 128  # steps, so that the 99th percentile of the gaps does not see the long ones
+MIN_CHUNK = 8
+# A burst of prompts may take long steps: one in so many, so that the 99th percentile of the gaps
+# does not see them; after a while without any, a few in a row, since clients that begin together do
+# not arrive together.
+LONG_STEP_EVERY = 128
+MAX_LONG_STEPS = 3
+MIN_BURST = 4  # prompts that wait, and half as many as rows that run
 _WEIGHT = 0.2  # of the newest measurement in the running means
 
 
@@ -21,24 +26,25 @@ class Pacer:
     _decode_s: dict[int, float] = field(default_factory=dict)  # by number of rows
     _token_s: float | None = None
     _paced: int = 0  # what the last budget would have been without a long step
-    _num_since_long: int = LONG_STEP_EVERY
+    _long_steps: float = MAX_LONG_STEPS  # that are granted at this moment
 
     def budget(self, num_rows: int, num_waiting: int) -> int:
         """Tokens of prefill for the next step, which `num_rows` running rows have to wait for.
 
         0 where no decode step has been seen yet: one by itself shows what it costs. When a burst of
-        requests meets a few early streams, one long step in LONG_STEP_EVERY serves the many at the
-        price of one gap of the few.
+        requests meets early streams, a long step serves the many at the price of one gap of each.
         """
         self._paced = self._affordable(num_rows)
-        if num_waiting >= 2 * num_rows and self._num_since_long >= LONG_STEP_EVERY:
+        is_burst = num_waiting >= 2 * num_rows or num_waiting >= max(MIN_BURST, num_rows / 2)
+        if is_burst and self._long_steps >= 1:
             return self.max_chunk
         return self._paced
 
     def observe(self, step_s: float, num_prefilled: int, num_rows: int) -> None:
         """A step took `step_s` seconds, from its scheduling to its last token."""
         is_long = num_rows > 0 and num_prefilled > max(self._paced, MIN_CHUNK)
-        self._num_since_long = 0 if is_long else self._num_since_long + 1
+        refilled = min(self._long_steps + 1 / LONG_STEP_EVERY, MAX_LONG_STEPS)
+        self._long_steps = self._long_steps - 1 if is_long else refilled
         if not num_prefilled:
             before = self._decode_s.get(num_rows, step_s)
             self._decode_s[num_rows] = before + _WEIGHT * (step_s - before)

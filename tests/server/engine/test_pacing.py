@@ -2,7 +2,14 @@
 
 import pytest
 
-from server.engine.pacing import LONG_STEP_EVERY, MAX_STRETCH, MIN_CHUNK, Pacer
+from server.engine.pacing import (
+    LONG_STEP_EVERY,
+    MAX_LONG_STEPS,
+    MAX_STRETCH,
+    MIN_BURST,
+    MIN_CHUNK,
+    Pacer,
+)
 
 NUM_ROWS = 4
 DECODE_S = 0.02
@@ -75,14 +82,25 @@ def test_one_step_that_was_held_up_does_not_stop_prefill() -> None:
     assert before / 3 < pacer.budget(NUM_ROWS, 1) < before
 
 
-def test_a_burst_gets_one_long_step_and_then_waits_its_turn() -> None:
+def test_a_burst_gets_a_few_long_steps_and_then_waits_its_turn() -> None:
     pacer = settled(0.0001, max_chunk=2000)
-    paced = pacer.budget(NUM_ROWS, NUM_ROWS)
-    for _ in range(3):  # what is granted and not used is not lost
-        assert pacer.budget(NUM_ROWS, 2 * NUM_ROWS) == 2000
+    paced = pacer.budget(NUM_ROWS, 1)
+    for _ in range(5):  # what is granted and not used is not lost
+        assert pacer.budget(NUM_ROWS, MIN_BURST) == 2000
         pacer.observe(DECODE_S, 0, NUM_ROWS)
-    pacer.observe(DECODE_S + 0.0001 * 2000, 2000, NUM_ROWS)
+    for _ in range(MAX_LONG_STEPS):
+        assert pacer.budget(NUM_ROWS, MIN_BURST) == 2000
+        pacer.observe(DECODE_S + 0.0001 * 2000, 2000, NUM_ROWS)
     for _ in range(LONG_STEP_EVERY):
         assert pacer.budget(NUM_ROWS, 5 * NUM_ROWS) == pytest.approx(paced, rel=0.05)
         pacer.observe(DECODE_S, 0, NUM_ROWS)
     assert pacer.budget(NUM_ROWS, 5 * NUM_ROWS) == 2000
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_waiting", "is_burst"),
+    [(1, 1, False), (1, 2, True), (4, 3, False), (4, 4, True), (12, 5, False), (12, 6, True)],
+)
+def test_what_a_burst_is(num_rows: int, num_waiting: int, is_burst: bool) -> None:
+    pacer = settled(0.0001, max_chunk=2000)
+    assert (pacer.budget(num_rows, num_waiting) == 2000) == is_burst
