@@ -21,12 +21,16 @@ from server.engine.canary import run_canary
 from server.engine.decoders import DecoderChoice, build_decoder
 from server.engine.families import family_of
 from server.engine.inputs import InputBuilder
+from server.engine.messages import Cancel, Drain, Message, Submit
 from server.engine.pacing import Pacer
-from server.engine.runner import Runner
+from server.engine.prefix import PrefixCache
+from server.engine.runner import Runner, SteeringFaultError
 from server.engine.scheduler import Scheduler
 from server.engine.selfcheck import SelfCheck
 from server.engine.sequences import ActiveRequest
+from server.engine.stats import Counters, EngineStats
 from server.engine.stepper import Stepper, worded
+from server.engine.text import eos_token_ids
 from server.engine.types import (
     EngineError,
     EngineInputs,
@@ -39,6 +43,7 @@ from server.engine.types import (
     PromptTooLongError,
     QueueFullError,
 )
+from server.engine.vision import VisionCache
 from steering.corruption import Corruption
 from steering.layers import text_config
 from steering.models import LoadedModel, ModelIdentity
@@ -87,22 +92,6 @@ class EngineConfig:
         return self.max_rows * self.footprint(self.max_model_len)
 
 
-@dataclass(frozen=True)
-class _Submit:
-    active: ActiveRequest
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    request_id: str
-
-
-@dataclass(frozen=True)
-class _Drain:
-    pass
-
-
-_Message = _Submit | _Cancel | _Drain
 State = Literal["starting", "ready", "draining", "failed", "stopped"]
 
 
@@ -115,7 +104,7 @@ class EmbeddedEngine:
         self._tokenizer = loaded.processor.tokenizer
         self._config = config
         self._family = family_of(self._model)
-        self._eos = _eos_token_ids(self._model, self._tokenizer)
+        self._eos = eos_token_ids(self._model, self._tokenizer)
         self._inputs = InputBuilder(self._family, self._model, loaded.processor)
         self._processor = loaded.processor
         self._scheduler = Scheduler(
@@ -125,12 +114,15 @@ class EmbeddedEngine:
             on_admit=self._admit,
             keep_pictures_whole=self._family.has_bidirectional_images,
         )
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._places = threading.BoundedSemaphore(config.max_rows + config.max_queue)
         self._accepting = threading.Lock()  # no submit may slip in behind the drain message
         self._stop_at: float | None = None  # set once draining: give up on what runs then
         self._state: State = "starting"
         self._detail = "not started"
+        self._counters = Counters()
+        self._prefix = PrefixCache(config.prefix_cache_bytes)
+        self._vision = VisionCache(config.vision_cache_bytes)
         self._stepper: Stepper | None = None  # once the model has passed its checks
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -159,10 +151,10 @@ class EmbeddedEngine:
             if not self._places.acquire(blocking=False):
                 num = self._config.max_rows + self._config.max_queue
                 raise QueueFullError(f"{num} requests are running or waiting already")
-            self._inbox.put(_Submit(active))
+            self._inbox.put(Submit(active))
 
     def cancel(self, request_id: str) -> None:
-        self._inbox.put(_Cancel(request_id))
+        self._inbox.put(Cancel(request_id))
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -173,6 +165,9 @@ class EmbeddedEngine:
             kv_tokens_reserved=self._scheduler.reserved,
             kv_tokens_budget=self._config.kv_budget,
         )
+
+    def stats(self) -> EngineStats:
+        return self._counters.snapshot(self._prefix.use(), self._vision.use())
 
     def start(self) -> None:
         self._thread.start()
@@ -186,7 +181,7 @@ class EmbeddedEngine:
                 self._state, self._detail = "draining", "shutting down"
             stop_at = time.monotonic() + timeout_s
             self._stop_at = stop_at if self._stop_at is None else min(stop_at, self._stop_at)
-        self._inbox.put(_Drain())
+        self._inbox.put(Drain())
         if self._thread.is_alive():
             self._thread.join(timeout_s + STEP_GRACE_S)
 
@@ -229,6 +224,8 @@ class EmbeddedEngine:
                     self._state, self._detail = "stopped", "drained"
         except Exception as error:  # boundary: nothing may leave the thread unseen
             logger.exception("the engine has failed")
+            if isinstance(error, SteeringFaultError):
+                self._counters.failures["hooks"] += 1
             with self._accepting:
                 self._state, self._detail = "failed", worded(error)
         finally:
@@ -240,20 +237,29 @@ class EmbeddedEngine:
         check = SelfCheck(self._family, self._model, self._processor, self._inputs)
         decoder = build_decoder(self._config.decoder, self._model, stack)
         check.compare(decoder)
+        self._counters.is_canary_passed = False
         run_canary(self._family, self._model, decoder)
+        self._counters.is_canary_passed = True
         runner = Runner(
             self._family,
             self._model,
             decoder,
+            self._counters,
             self._config.max_model_len,
             self._config.max_rows,
             self._config.kv_budget,
-            self._config.prefix_cache_bytes,
-            self._config.vision_cache_bytes,
+            self._prefix,
+            self._vision,
         )
         pacer = Pacer(self._config.prefill_chunk)
         return Stepper(
-            runner, self._scheduler, pacer, self._tokenizer, self._eos, self._places.release
+            runner,
+            self._scheduler,
+            pacer,
+            self._counters,
+            self._tokenizer,
+            self._eos,
+            self._places.release,
         )
 
     def _admit(self, active: ActiveRequest) -> None:
@@ -266,7 +272,7 @@ class EmbeddedEngine:
         message = f"the server stopped: {self._detail}"
         while not self._inbox.empty():
             left = self._inbox.get()
-            if isinstance(left, _Submit):
+            if isinstance(left, Submit):
                 left.active.request.emit(Failed(kind, message))
         if self._stepper is not None:
             self._stepper.fail_all(kind, message)
@@ -279,20 +285,10 @@ class EmbeddedEngine:
                 message = self._inbox.get(block=wait)
             except queue.Empty:
                 break
-            if isinstance(message, _Submit):
+            if isinstance(message, Submit):
                 stepper.accept(message.active)
-            elif isinstance(message, _Cancel):
+            elif isinstance(message, Cancel):
                 stepper.cancel(message.request_id)
         stepper.expire()
         is_late = self._stop_at is not None and time.monotonic() > self._stop_at
         return not (self._stop_at is not None and (stepper.is_idle or is_late))
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer, by the generation configuration, else the tokenizer's."""
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        raise EngineError("neither generation configuration nor tokenizer has an end token")
-    return frozenset([eos] if isinstance(eos, int) else eos)

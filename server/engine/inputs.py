@@ -7,6 +7,7 @@ its weights. Does not fetch or decode pictures (server/media.py).
 
 import hashlib
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,6 +75,7 @@ class InputBuilder:
         prompt = self._prompt(rendered, pictures)
         if corruption is None or not images:
             return EngineInputs(prompt)
+        started = time.monotonic()
         try:
             corrupted = [self._corrupted(image, corruption) for image in images]
             pair = ShiftPair(
@@ -85,7 +87,7 @@ class InputBuilder:
         if corruption in MEANINGLESS and self._begins_with_picture(rendered):
             shared = replace(pair.corrupted, shared_len=pair.corrupted.images[0].end)
             pair = replace(pair, corrupted=shared)
-        return EngineInputs(prompt, pair)
+        return EngineInputs(prompt, pair, time.monotonic() - started)
 
     def _prompt(self, rendered: str, pictures: Sequence[Picture]) -> Prompt:
         """A rendered conversation with each image token expanded to its picture's tokens."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine.lru import TensorLRU
+from server.engine.stats import Asker, CacheUse
 from server.engine.types import Prompt
 
 BLOCK_LEN = 16
@@ -66,20 +67,29 @@ class PrefixCache:
 
     A block is of no use without those before it, so a prompt's blocks are always touched from the
     last to the first: whatever goes, its descendants have gone before.
-    `hit_tokens` were loaded, `missed_tokens` are the rest of the prompts that asked.
+    By whose prompt asked: `hit_tokens` were loaded, `missed_tokens` are the rest of those prompts.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self._blocks: TensorLRU[bytes] = TensorLRU(budget_bytes)
-        self.hit_tokens = 0
-        self.missed_tokens = 0
+        self.hit_tokens: dict[Asker, int] = {"own": 0, "shift": 0}
+        self.missed_tokens: dict[Asker, int] = {"own": 0, "shift": 0}
 
     @property
     def num_bytes(self) -> int:
         """Memory that the kept KV takes; never more than the budget."""
         return self._blocks.num_bytes
 
-    def load(self, blocks: Sequence[Block], kv: Tensor) -> int:
+    def use(self) -> dict[Asker, CacheUse]:
+        """What it came to so far; the bytes, which are nobody's, stand under `own`."""
+        budget = self._blocks.budget_bytes
+        hits, misses = self.hit_tokens, self.missed_tokens
+        return {
+            "own": CacheUse(hits["own"], misses["own"], self.num_bytes, budget),
+            "shift": CacheUse(hits["shift"], misses["shift"]),
+        }
+
+    def load(self, blocks: Sequence[Block], kv: Tensor, asker: Asker = "own") -> int:
         """Copy the longest kept beginning of a prompt into kv[..., :n, :]; returns n.
 
         blocks: the prompt's, by `blocks_of`. kv (L, 2, H, T, Dh): room for the keys and values of
@@ -92,8 +102,8 @@ class PrefixCache:
         if kept:
             parts = self._touch(kept)
             torch.cat(parts, dim=3, out=kv[..., :num_tokens, :])
-        self.hit_tokens += num_tokens
-        self.missed_tokens += kv.shape[3] - num_tokens
+        self.hit_tokens[asker] += num_tokens
+        self.missed_tokens[asker] += kv.shape[3] - num_tokens
         return num_tokens
 
     def store(self, blocks: Sequence[Block], kv: Tensor, num_computed: int) -> None:

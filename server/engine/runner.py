@@ -17,6 +17,7 @@ from server.engine.families import Family, bidirectional_blocks, embed, encode_i
 from server.engine.prefix import PrefixCache, blocks_of
 from server.engine.scheduler import PrefillChunk
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
+from server.engine.stats import Counters
 from server.engine.types import EngineError, ImageInput
 from server.engine.vision import SHARED_NAMESPACE, VisionCache
 from steering.corruption import MEANINGLESS
@@ -38,20 +39,22 @@ class Runner:
         family: Family,
         model: Any,
         decoder: Decoder,
+        counters: Counters,
         max_len: int,
         max_rows: int,
         max_tokens: int,
-        prefix_cache_bytes: int = 0,
-        vision_cache_bytes: int = 0,
+        prefix: PrefixCache,
+        vision: VisionCache,
     ) -> None:
         self._family = family
         self._model = model
         self._decoder = decoder
+        self._counters = counters
         self._device: torch.device = model.device
         self._shape = KVShape.of(model)
         self._rows: RowCache[Sequence] = RowCache(self._shape, max_len, max_rows, max_tokens)
-        self.prefix = PrefixCache(prefix_cache_bytes)
-        self.vision = VisionCache(vision_cache_bytes)
+        self.prefix = prefix
+        self.vision = vision
         # What the rows subtract at each layer, ready-made: (L, rows, D), None when nothing.
         # Rewritten only when rows join, move or leave, so a decode step pays one subtraction a
         # layer.
@@ -64,7 +67,7 @@ class Runner:
         for state in active.prompts:
             state.cache = PromptCache(self._shape, len(state.prompt))
             state.blocks = list(blocks_of(state.prompt, active.request.namespace))
-            state.num_cached = self.prefix.load(state.blocks, state.cache.kv)
+            state.num_cached = self.prefix.load(state.blocks, state.cache.kv, state.asker)
             state.num_done = state.num_cached
 
     def embed(self, chunk: PrefillChunk) -> None:
@@ -138,7 +141,10 @@ class Runner:
         end = len(state.prompt)
 
         def encode(image: ImageInput) -> Tensor:
-            return encode_image(self._model, image)
+            started = time.monotonic()
+            encoded = encode_image(self._model, image)
+            self._counters.vision_encode_s.observe(time.monotonic() - started)
+            return encoded
 
         features = {
             image.digest: self.vision.features(image, namespace, encode)
@@ -220,8 +226,10 @@ class Runner:
     ) -> None:
         """Book the pass's costs on the requests that were in it."""
         for chunk in chunks:
+            num_tokens = chunk.end - chunk.start
+            self._counters.prefill_tokens[chunk.state.asker] += num_tokens
             if chunk.state.role != "own":
-                chunk.active.shift_s += token_s * (chunk.end - chunk.start)
+                chunk.active.shift_s += token_s * num_tokens
         actives = [chunk.active for chunk in chunks] + [row.active for row in rows]
         for active in {id(active): active for active in actives}.values():
             active.inject_s += output.inject_s

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from server.engine.stats import Asker
 from server.engine.text import Detokenizer, StopMatcher
 from server.engine.types import (
     ChoiceFinished,
@@ -35,6 +36,7 @@ class Sequence:
         self.active = active
         self.index = index
         self.token_ids: list[int] = []
+        self.last_token_at: float | None = None  # monotonic
         self.finish_reason: FinishReason | None = None
         params = active.request.params
         self._detokenizer = Detokenizer(tokenizer)
@@ -100,6 +102,10 @@ class PromptState:
     cache: "PromptCache | None" = None
     embeds: "Tensor | None" = None
     embeds_start: int = 0
+
+    @property
+    def asker(self) -> Asker:
+        return "own" if self.role == "own" else "shift"
 
     @property
     def num_left(self) -> int:

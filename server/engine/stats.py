@@ -7,6 +7,18 @@ know where the numbers go (server/metrics).
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Asker = Literal[
+    "own", "shift"
+]  # whose prompt: the request's own, or one of the sample level's pair
+PromptKind = Literal["own", "shift", "probe"]
+StepKind = Literal["decode", "prefill", "mixed"]
+FailureCount = Literal["steps", "hooks"]
+
+GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
+STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+VISION_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -58,16 +70,50 @@ class EngineStats:
     had. prefill_tokens: computed, by whose they were, `own` (requests' own prompts), `shift`
     (the sample level's pairs) or `probe` (last tokens run again to see how shifted they are).
     prefix: by whose prompt it was, `own` or `shift`, bytes only in `own`. failures: passes that
-    broke and were run apart, `steps`; steering that did not have its turn, `hooks`.
+    broke and were run apart, and requests that failed before or after theirs, `steps`; steering
+    that did not have its turn, `hooks`.
     is_canary_passed: None before it ran.
     """
 
     inter_token_s: Distribution
-    step_s: Mapping[str, Distribution]
+    step_s: Mapping[StepKind, Distribution]
     vision_encode_s: Distribution
-    prefill_tokens: Mapping[str, int] = field(default_factory=dict)
+    prefill_tokens: Mapping[PromptKind, int] = field(default_factory=dict)
     generated_tokens: int = 0
-    prefix: Mapping[str, CacheUse] = field(default_factory=dict)
+    prefix: Mapping[Asker, CacheUse] = field(default_factory=dict)
     vision: CacheUse = CacheUse()
-    failures: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[FailureCount, int] = field(default_factory=dict)
     is_canary_passed: bool | None = None
+
+
+class Counters:
+    """What the engine thread has counted so far; what the caches count themselves is theirs.
+
+    Nobody else writes. Another thread's snapshot may be of the midst of a step.
+    """
+
+    def __init__(self) -> None:
+        self.inter_token_s = Histogram(*GAP_S)
+        self.step_s: dict[StepKind, Histogram] = {
+            "decode": Histogram(*STEP_S),
+            "prefill": Histogram(*STEP_S),
+            "mixed": Histogram(*STEP_S),
+        }
+        self.vision_encode_s = Histogram(*VISION_S)
+        self.prefill_tokens: dict[PromptKind, int] = {"own": 0, "shift": 0, "probe": 0}
+        self.generated_tokens = 0
+        self.failures: dict[FailureCount, int] = {"steps": 0, "hooks": 0}
+        self.is_canary_passed: bool | None = None
+
+    def snapshot(self, prefix: Mapping[Asker, CacheUse], vision: CacheUse) -> EngineStats:
+        return EngineStats(
+            inter_token_s=self.inter_token_s.snapshot(),
+            step_s={kind: histogram.snapshot() for kind, histogram in self.step_s.items()},
+            vision_encode_s=self.vision_encode_s.snapshot(),
+            prefill_tokens=dict(self.prefill_tokens),
+            generated_tokens=self.generated_tokens,
+            prefix=prefix,
+            vision=vision,
+            failures=dict(self.failures),
+            is_canary_passed=self.is_canary_passed,
+        )

@@ -19,6 +19,7 @@ from server.engine.runner import Runner, ShiftFailedError, SteeringFaultError
 from server.engine.sampling import logprobs, sample
 from server.engine.scheduler import PrefillChunk, Scheduler
 from server.engine.sequences import ActiveRequest, Sequence
+from server.engine.stats import Counters, StepKind
 from server.engine.types import (
     EngineError,
     Failed,
@@ -43,13 +44,15 @@ class Stepper:
         runner: Runner,
         scheduler: Scheduler,
         pacer: Pacer,
+        counters: Counters,
         tokenizer: Any,
         eos: frozenset[int],
         on_end: Callable[[], None],
     ) -> None:
-        self._runner = runner
+        self.runner = runner
         self._scheduler = scheduler
         self._pacer = pacer
+        self._counters = counters
         self._tokenizer = tokenizer
         self._eos = eos
         self._on_end = on_end
@@ -84,7 +87,7 @@ class Stepper:
     def step(self) -> None:
         """Schedule a batch, run it, apply the tokens."""
         started = time.monotonic()
-        rows = self._runner.arrange(self._scheduler.rows)
+        rows = self.runner.arrange(self._scheduler.rows)
         budget = self._pacer.budget(len(rows), self._scheduler.num_waiting)
         chunks = self._embedded(self._scheduler.schedule(budget))
         ended, logits = self._run(chunks, rows)
@@ -92,14 +95,19 @@ class Stepper:
         for active, row_logits in zip(ended, logits, strict=False):
             self._begin_decoding(active, row_logits)
         num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
-        self._pacer.observe(time.monotonic() - started, num_prefilled, len(rows))
+        step_s = time.monotonic() - started
+        self._pacer.observe(step_s, num_prefilled, len(rows))
+        if chunks or rows:
+            kind: StepKind = "decode" if not chunks else "mixed" if rows else "prefill"
+            self._counters.step_s[kind].observe(step_s)
 
     def admit(self, active: ActiveRequest) -> None:
         """The scheduler has taken it up: its prompts get their caches."""
         active.started_at = time.monotonic()
         try:
-            self._runner.admit(active)
+            self.runner.admit(active)
         except Exception as error:  # boundary: out of memory, say; the others go on
+            self._count_failure()
             logger.exception("admitting request %s failed", active.request.request_id)
             self._fail(active, "engine", worded(error))
 
@@ -110,11 +118,13 @@ class Stepper:
             if active not in self._scheduler.prefilling:
                 continue  # it failed with its other prompt
             try:
-                self._runner.embed(chunk)
+                self.runner.embed(chunk)
             except ShiftFailedError as error:
+                self._count_failure()
                 logger.exception("request %s", active.request.request_id)
                 self._shift_failed(active, worded(error))
             except Exception as error:  # boundary: this request fails, the others go on
+                self._count_failure()
                 logger.exception("embedding request %s failed", active.request.request_id)
                 self._fail(active, "engine", worded(error))
         return [chunk for chunk in chunks if chunk.state.embeds is not None]
@@ -130,10 +140,11 @@ class Stepper:
         if not chunks and not rows:
             return [], torch.empty(0, 0)
         try:
-            return _ended(chunks), self._runner.run(chunks, rows)
+            return _ended(chunks), self.runner.run(chunks, rows)
         except SteeringFaultError:
             raise
         except Exception:  # boundary: as said above
+            self._count_failure()
             if not chunks:
                 raise
             logger.exception("a step failed; its requests run apart")
@@ -147,7 +158,7 @@ class Stepper:
         for active in {id(chunk.active): chunk.active for chunk in chunks}.values():
             own = [chunk for chunk in chunks if chunk.active is active]
             try:
-                logits.append(self._runner.run(own, []))
+                logits.append(self.runner.run(own, []))
                 ended.extend(_ended(own))
             except SteeringFaultError:
                 raise
@@ -158,7 +169,7 @@ class Stepper:
                 else:
                     self._fail(active, "engine", worded(error))
         if rows:
-            logits.append(self._runner.run([], rows))
+            logits.append(self.runner.run([], rows))
         logits = [part for part in logits if len(part)]  # none of a prompt that has not ended
         return ended, torch.cat(logits) if logits else torch.empty(0, 0)
 
@@ -179,8 +190,9 @@ class Stepper:
         ]
         self._scheduler.join(active)
         try:
-            self._runner.join(active)
+            self.runner.join(active)
         except Exception as error:  # boundary: out of memory, say; the others go on
+            self._count_failure()
             logger.exception("request %s got no rows", active.request.request_id)
             self._fail(active, "engine", worded(error))
             return
@@ -206,8 +218,10 @@ class Stepper:
             if row.active.request.request_id not in self._accepted:
                 continue  # it failed with a sibling
             if is_sane:
+                self._count_token(row)
                 row.append(token_id, detail, self._eos)
                 continue
+            self._count_failure()
             message = "the model computed NaN or infinite logits"
             self._fail(row.active, "engine", message, is_clean=False)
         for row in rows:
@@ -217,11 +231,22 @@ class Stepper:
             if active.is_finished:
                 self._finish(active)
 
+    def _count_token(self, row: Sequence) -> None:
+        """A choice's first token has no gap before it."""
+        now = time.monotonic()
+        if row.last_token_at is not None:
+            self._counters.inter_token_s.observe(now - row.last_token_at)
+        row.last_token_at = now
+        self._counters.generated_tokens += 1
+
+    def _count_failure(self) -> None:
+        self._counters.failures["steps"] += 1
+
     def _leave(self, row: Sequence, is_clean: bool = True) -> None:
         """Take a sequence out of the batch."""
         if row in self._scheduler.rows:
             self._scheduler.leave(row)
-            self._runner.leave(row, is_clean)
+            self.runner.leave(row, is_clean)
 
     def _finish(self, active: ActiveRequest) -> None:
         now = time.monotonic()

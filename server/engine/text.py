@@ -103,3 +103,13 @@ class StopMatcher:
         """Length of the longest end of the held text that begins `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((k for k in range(longest, 0, -1) if self._held.endswith(stop[:k])), 0)
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer, by the generation configuration, else the tokenizer's."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        raise EngineError("neither generation configuration nor tokenizer has an end token")
+    return frozenset([eos] if isinstance(eos, int) else eos)

@@ -124,10 +124,12 @@ class ShiftPair:
 
 @dataclass(frozen=True)
 class EngineInputs:
-    """What a request asks the model; `pair` where the sample-level shift is to be measured."""
+    """What a request asks the model; `pair` where the sample-level shift is to be measured, and
+    `pair_s`, the seconds that making it took."""
 
     prompt: Prompt
     pair: ShiftPair | None = None
+    pair_s: float = 0.0
 
 
 @dataclass(frozen=True)

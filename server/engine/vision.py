@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from server.engine.lru import TensorLRU
+from server.engine.stats import CacheUse
 from server.engine.types import ImageInput
 
 # For pictures that hold nothing of any client's. No tenant can take it: a name holds no NUL.
@@ -30,6 +31,11 @@ class VisionCache:
     def num_bytes(self) -> int:
         """Memory that the kept features take; never more than the budget."""
         return self._features.num_bytes
+
+    def use(self) -> CacheUse:
+        """What it came to so far."""
+        budget = self._features.budget_bytes
+        return CacheUse(self.hit_tokens, self.missed_tokens, self.num_bytes, budget)
 
     def features(
         self, image: ImageInput, namespace: str, encode: Callable[[ImageInput], Tensor]

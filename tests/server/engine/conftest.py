@@ -161,7 +161,7 @@ class EngineUnderTest:
     @contextmanager
     def before_each_pass(self, act: Callable[[Batch], None]) -> Iterator[None]:
         """Call `act` with what each pass is about to run."""
-        decoder = self.stepper._runner._decoder
+        decoder = self.stepper.runner._decoder
         run = decoder.run
 
         def act_and_run(batch: Batch) -> Output:

@@ -82,7 +82,7 @@ def test_the_steered_positions_are_the_last_of_the_prompt_and_every_generated_on
     under_test = serve(prefill_chunk=prefill_chunk, **caches)
     inputs = under_test.inputs(prompt, images)
     num_prompt = len(inputs.prompt)
-    runner = under_test.stepper._runner
+    runner = under_test.stepper.runner
     keys: list[Tensor] = []
 
     def look(event: object) -> None:
@@ -157,7 +157,7 @@ def test_the_sign_of_the_method(serve: Serve) -> None:
             [blank],
             sample=plan,
             max_tokens=2,
-            on_event=lambda _e: seen.append(under_test.stepper._runner._deltas),
+            on_event=lambda _e: seen.append(under_test.stepper.runner._deltas),
         ).wait()
         table = seen[-1][:, 0]  # what the one row subtracts from its generated token
         torch.testing.assert_close(table[layer].float(), shift[layer], **TOLERANCE)
@@ -236,7 +236,7 @@ def test_a_shift_does_not_depend_on_its_own_alpha_or_on_neighbours(serve: Serve)
     tables: list[Tensor] = []
 
     def look(_event: object) -> None:
-        tables.append(under_test.stepper._runner._deltas)
+        tables.append(under_test.stepper.runner._deltas)
 
     for alpha in (0.01, 2.0):
         plan = sample_plan(alpha=alpha)
@@ -293,13 +293,13 @@ def test_caches_are_a_tenants_own_but_the_blank_picture_is_everybodys(serve: Ser
     prompt, images = PROMPTS["one picture"]
     plan = sample_plan()
     under_test.ask(prompt, images, sample=plan, namespace="a").wait()
-    runner = under_test.stepper._runner
-    before = runner.prefix.hit_tokens
+    runner = under_test.stepper.runner
+    before = runner.prefix.hit_tokens["shift"]
     other = under_test.ask(prompt, images, sample=plan, namespace="b").wait()
     assert other.cached_tokens == 0
     inputs = under_test.inputs(prompt, images, "blank")
     assert inputs.pair is not None
-    assert runner.prefix.hit_tokens - before == inputs.pair.corrupted.shared_len
+    assert runner.prefix.hit_tokens["shift"] - before == inputs.pair.corrupted.shared_len
     same = under_test.ask(prompt, images, sample=plan, namespace="b").wait()
     assert same.cached_tokens > 0
     torch.testing.assert_close(same.top(), other.top(), **TOLERANCE)

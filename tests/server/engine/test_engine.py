@@ -184,14 +184,14 @@ def test_requests_wait_for_memory_and_all_get_their_answer(
         under_test.ask(
             "Hi",
             max_tokens=240 if number % 3 == 0 else 30,
-            on_event=lambda _e: seen.append(under_test.stepper._runner._rows.size),
+            on_event=lambda _e: seen.append(under_test.stepper.runner._rows.size),
         )
         for number in range(10)
     ]
     for answer in answers:
         assert isinstance(answer.wait().terminal, Finished)
     assert 2 * 256 <= max(seen) <= 3 * 256
-    assert under_test.stepper._runner._rows.size == 0
+    assert under_test.stepper.runner._rows.size == 0
 
 
 def test_a_request_times_out(tiny_llava: TinyModel, start_engine: Start) -> None:
@@ -362,7 +362,7 @@ def test_a_request_for_which_there_is_no_memory_fails_alone(
     tiny_llava: TinyModel, start_engine: Start, what: str
 ) -> None:
     under_test = start_engine(tiny_llava)
-    runner = under_test.stepper._runner
+    runner = under_test.stepper.runner
     work = getattr(runner, what)
     unlucky = len(under_test.inputs("x" * 4).prompt)
 
@@ -404,7 +404,7 @@ def test_a_pass_that_forgets_to_measure_ends_the_engine(
 ) -> None:
     """Never unsteered in silence."""
     under_test = start_engine(tiny_llava)
-    decoder = under_test.stepper._runner._decoder
+    decoder = under_test.stepper.runner._decoder
     run = decoder.run
     decoder.run = lambda batch: replace(run(batch), shifts={})  # type: ignore[method-assign]
     answer = under_test.ask("Hi", [picture(1)], sample=sample_plan()).wait()
@@ -439,7 +439,7 @@ def test_a_decode_that_breaks_ends_every_request_once(start_engine: Start) -> No
     def broken_leave(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    under_test.stepper._runner.leave = broken_leave  # type: ignore[assignment,method-assign]
+    under_test.stepper.runner.leave = broken_leave  # type: ignore[assignment,method-assign]
     with under_test.slow():
         answers = [under_test.ask("Hi", max_tokens=k) for k in (4, 60, 60)]
         for answer in answers:
@@ -540,7 +540,7 @@ def test_bfloat16_keeps_its_dtype_and_steers_by_what_was_planned(
         "Hi",
         [picture(1)],
         delta=delta,
-        on_event=lambda _e: tables.append(under_test.stepper._runner._deltas),
+        on_event=lambda _e: tables.append(under_test.stepper.runner._deltas),
     ).wait()
     handle.remove()
     assert isinstance(answer.terminal, Finished)
@@ -632,7 +632,7 @@ def test_a_prompts_cache_is_given_back_when_it_has_its_row(
     tiny_llava: TinyModel, start_engine: Start
 ) -> None:
     under_test = start_engine(tiny_llava)
-    runner = under_test.stepper._runner
+    runner = under_test.stepper.runner
     caches: list[weakref.ref[Any]] = []
     alive: list[int] = []
     admit = runner.admit
@@ -660,7 +660,7 @@ def test_nothing_is_kept_of_requests_that_have_ended(
     budgets = {"prefix_cache_bytes": 1 << 17, "vision_cache_bytes": 1 << 12}
     sizes = {"max_model_len": 512, "max_rows": 4, "prefill_chunk": 64}
     under_test = start_engine(tiny_llava, **sizes, **budgets)
-    engine, runner = under_test.engine, under_test.stepper._runner
+    engine, runner = under_test.engine, under_test.stepper.runner
     chance = random.Random(5)
     held: list[weakref.ref[Any]] = []
     used: list[tuple[int, int]] = []

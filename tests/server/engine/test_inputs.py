@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from server.engine.families import family_of, image_token_id
 from server.engine.inputs import InputBuilder
+from server.engine.pictures import Picture
 from server.engine.types import EngineInputs, InputError, PairError, Prompt
 from steering.corruption import CORRUPTIONS, Corruption, corrupt, image_digest
 from tests.server.engine.conftest import conversation, picture
@@ -180,6 +182,24 @@ def test_without_pictures_or_corruption_there_is_no_pair(tiny_llava: TinyModel) 
     builder = builder_of(tiny_llava)
     assert builder.build(conversation("Hi"), [], "blank").pair is None
     assert builder.build(conversation("Hi", 1), IMAGES[:1]).pair is None
+
+
+def test_what_the_pair_took_is_told_apart_from_the_requests_own(
+    tiny_llava: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only reading a picture moves: two of the request's, two corrupted."""
+    builder, now = builder_of(tiny_llava), [0.0]
+    monkeypatch.setattr("server.engine.inputs.time", SimpleNamespace(monotonic=lambda: now[0]))
+    read = builder._read
+
+    def slowly(image: Image.Image) -> Picture:
+        now[0] += 1.5
+        return read(image)
+
+    monkeypatch.setattr(builder, "_read", slowly)
+    inputs = builder.build(conversation("Hi", 2), IMAGES[:2], "noise")
+    assert (inputs.pair_s, now[0]) == (3.0, 6.0)
+    assert builder.build(conversation("Hi", 2), IMAGES[:2]).pair_s == 0.0
 
 
 def test_noise_is_the_same_for_the_same_picture_and_differs_between_pictures(

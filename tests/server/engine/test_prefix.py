@@ -304,7 +304,7 @@ def test_without_a_budget_nothing_is_kept() -> None:
     asked = prompt(text(50))
     cache = filled(asked, budget=0)
     assert loaded(cache, asked) == 0
-    assert (cache.num_bytes, cache.hit_tokens, cache.missed_tokens) == (0, 0, 50)
+    assert (cache.num_bytes, cache.hit_tokens["own"], cache.missed_tokens["own"]) == (0, 0, 50)
 
 
 def test_clear_forgets_all_and_keeps_counting() -> None:
@@ -314,7 +314,7 @@ def test_clear_forgets_all_and_keeps_counting() -> None:
     cache.clear()
     assert cache.num_bytes == 0
     assert loaded(cache, asked) == 0
-    assert (cache.hit_tokens, cache.missed_tokens) == (48, 2 + 50)
+    assert (cache.hit_tokens["own"], cache.missed_tokens["own"]) == (48, 2 + 50)
 
 
 @dataclass
@@ -402,7 +402,7 @@ def test_random_use_agrees_with_a_plain_model_of_the_cache(seed: int) -> None:
             kv.fill_(float("nan"))
             model.store(each, namespace)
         assert cache.num_bytes == model.num_bytes <= budget
-        assert (cache.hit_tokens, cache.missed_tokens) == (hits, asked - hits)
+        assert (cache.hit_tokens["own"], cache.missed_tokens["own"]) == (hits, asked - hits)
     assert 0 < hits < asked
     loadable = {
         key: size
