@@ -36,12 +36,7 @@ class Item:
 
     def picture(self) -> bytes | None:
         """The encoded picture. Raises EvaluationError, naming the file."""
-        if not isinstance(self.image, Path):
-            return self.image
-        try:
-            return self.image.read_bytes()
-        except OSError as error:
-            raise EvaluationError(f"picture {self.image}: {error.strerror or error}") from None
+        return None if self.image is None else picture_bytes(self.image)
 
     @cached_property
     def picture_digest(self) -> str | None:
@@ -54,3 +49,13 @@ class Item:
         """sha256 of the prompt and the picture. Raises EvaluationError, naming the file."""
         text = f"{self.prompt}\0{self.picture_digest or ''}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def picture_bytes(image: Path | bytes) -> bytes:
+    """The encoded picture. Raises EvaluationError, naming the file."""
+    if isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise EvaluationError(f"picture {image}: {error.strerror or error}") from None
