@@ -10,14 +10,14 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from steering.anchors import AnchorSet, load_anchors, normalised
+from steering.anchors import AnchorSet, normalised
 from steering.demo.pictures import example
 from steering.errors import EvaluationError
 from steering.evaluate.adapters import ADAPTERS
 from steering.evaluate.adapters.rows import Row, read_jsonl
-from steering.evaluate.items import KINDS, Item, Kind
+from steering.evaluate.items import KINDS, Item
 
 RENDERED = "rendered"
 HUB = "hf:"
@@ -93,7 +93,6 @@ def read_suites(
     return found
 
 
-
 def hub_rows(place: str) -> Iterator[dict[str, Any]]:
     """The rows of `ORG/DATASET[/SPLIT]`. Raises EvaluationError."""
     try:
@@ -167,7 +166,7 @@ def _own(suite: str, row: Row) -> Item:
     return Item(
         id=row.text("id"),
         suite=suite,
-        kind=cast(Kind, kind),
+        kind=kind,
         prompt=row.text("prompt"),
         image=image,
         caption=row.optional("caption"),

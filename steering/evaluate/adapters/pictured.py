@@ -1,4 +1,4 @@
-"""Public suites whose prompts are about pictures of their own: a row -> an item with its picture."""
+"""Public suites about pictures of their own: a row -> an item with its picture."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Public suites of prompts, which get a photograph dealt: a row of the published file -> an item."""
+"""Public suites of prompts, which get a photograph dealt: a published row -> an item."""
 
 from steering.evaluate.adapters.rows import Row
 from steering.evaluate.items import Item
