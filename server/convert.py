@@ -5,7 +5,7 @@ Does not cover validation (protocol.py), images (media.py) nor when anything is 
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from server.engine.types import (
     ChoiceFinished,
@@ -39,7 +39,7 @@ from server.replies import (
     Usage,
 )
 from server.steered import Steered
-from steering.plan import Schedule
+from steering.plan import Gate, Schedule
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -95,7 +95,17 @@ def override_of(wire: SteeringOverride | None) -> Override | None:
     if wire is None:
         return None
     schedule = None if wire.schedule is None else Schedule.parse(wire.schedule)
-    return Override(mode=wire.mode, alpha=wire.alpha, schedule=schedule, corruption=wire.corruption)
+    gate: Gate | Literal["none"] | None = None
+    if wire.gate is not None:
+        gate = Gate.parse(wire.gate) or "none"
+    return Override(
+        mode=wire.mode,
+        alpha=wire.alpha,
+        schedule=schedule,
+        corruption=wire.corruption,
+        method=wire.method,
+        gate=gate,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from server.config import ClientOverride, ScheduleText
+from server.config import ClientOverride, GateText, ScheduleText
 from server.engine.types import OnError
 from server.errors import DocumentError
 from steering.corruption import Corruption
-from steering.plan import Method, Mode, Scope
+from steering.errors import PlanError
+from steering.plan import Method, Mode, Schedule, Scope, check_method
 from steering.stores.base import ALIAS_PREFIX
 
 TENANT_PREFIX = "tenant/"
@@ -53,6 +54,7 @@ class PolicyFields(_Model):
     alpha: float = Field(1.0, ge=0)
     alpha_max: float = Field(2.0, ge=0)
     schedule: ScheduleText = "all"
+    gate: GateText = "none"
     scope: Scope = "last"
     vector_alias: str = "default"
     corruption: Corruption = "blank"
@@ -72,6 +74,10 @@ class PolicyFields(_Model):
     def _consistent(self) -> Self:
         if self.alpha > self.alpha_max:
             raise ValueError(f"alpha {self.alpha:g} is over alpha_max {self.alpha_max:g}")
+        try:
+            check_method(self.mode, self.method, self.alpha, Schedule.parse(self.schedule))
+        except PlanError as error:
+            raise ValueError(str(error)) from None
         return self
 
 

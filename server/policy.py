@@ -5,7 +5,7 @@ Does not cover where a tenant's policy comes from (directory.py) nor tensors (st
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import ValidationError
 
@@ -19,7 +19,16 @@ from server.errors import (
     UnavailableError,
 )
 from steering.corruption import Corruption
-from steering.plan import Method, Mode, Reason, Schedule, Scope, SteeringPlan
+from steering.plan import (
+    Gate,
+    Method,
+    Mode,
+    Reason,
+    Schedule,
+    Scope,
+    SteeringPlan,
+    needs_vectors,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Policy:
     alpha: float
     alpha_max: float
     schedule: Schedule
+    gate: Gate | None
     scope: Scope
     vector_alias: str
     corruption: Corruption
@@ -59,6 +69,7 @@ class Policy:
             alpha=fields.alpha,
             alpha_max=fields.alpha_max,
             schedule=Schedule.parse(fields.schedule),
+            gate=Gate.parse(fields.gate),
             scope=fields.scope,
             vector_alias=fields.vector_alias,
             corruption=fields.corruption,
@@ -79,13 +90,19 @@ class Policy:
     @property
     def may_use_vectors(self) -> bool:
         """Whether some request may be steered by the alias's vector set, by its own wish too."""
-        return self.mode == "dataset" or self.client_override == "any"
+        return self.needs_vectors or self.client_override == "any"
 
     @property
-    def in_force(self) -> tuple[Mode, float, Schedule, Corruption | None] | None:
+    def needs_vectors(self) -> bool:
+        """Whether its own steering takes part of the alias's vector set."""
+        return needs_vectors(self.mode, self.method, self.gate)
+
+    @property
+    def in_force(self) -> tuple[object, ...] | None:
         """What reaches the hidden states; None, equal for every spelling of nothing."""
         corruption = self.corruption if self.mode == "sample" else None
-        return (self.mode, self.alpha, self.schedule, corruption) if self.is_active else None
+        what = (self.mode, self.method, self.alpha, self.schedule, self.gate, corruption)
+        return what if self.is_active else None
 
     def is_rolled_out(self, unit: str) -> bool:
         """Whether `unit` is among the steered ones: always the same answer for the same unit."""
@@ -96,6 +113,10 @@ class Policy:
         if not self.is_active:
             return "mode=off"
         text = f"mode={self.mode}; alpha={self.alpha:g}; schedule={self.schedule}"
+        if self.method != "subtract":
+            text += f"; method={self.method}"
+        if self.gate is not None:
+            text += f"; gate={self.gate}"
         return f"{text}; corruption={self.corruption}" if self.mode == "sample" else text
 
 
@@ -104,9 +125,11 @@ def default_fields(settings: Settings) -> PolicyFields:
     try:
         return PolicyFields(
             mode=settings.steering_mode,
+            method=settings.method,
             alpha=settings.alpha,
             alpha_max=settings.alpha_max,
             schedule=settings.schedule,
+            gate=settings.gate,
             vector_alias=settings.vector_alias,
             corruption=settings.corruption,
             on_error=settings.on_error,
@@ -126,6 +149,8 @@ class Override:
     alpha: float | None = None
     schedule: Schedule | None = None
     corruption: Corruption | None = None
+    method: Method | None = None
+    gate: Gate | Literal["none"] | None = None
 
 
 class HasId(Protocol):
@@ -168,7 +193,7 @@ def decide(
         return _unsteered(policy, "kill-switch")
     if not policy.is_rolled_out(unit):
         return _unsteered(policy, "rollout")
-    if wanted.mode == "dataset" and vectors is None:
+    if wanted.needs_vectors and vectors is None:
         return unsteerable(
             policy,
             "dataset",
@@ -180,7 +205,8 @@ def decide(
         alpha=wanted.alpha,
         schedule=wanted.schedule,
         scope=wanted.scope,
-        vector_id=vectors.id if vectors is not None and wanted.mode == "dataset" else None,
+        gate=wanted.gate,
+        vector_id=vectors.id if vectors is not None and wanted.needs_vectors else None,
         corruption=wanted.corruption,
         max_relative_dose=policy.max_relative_dose,
         revision=policy.revision,
@@ -216,6 +242,8 @@ def _permitted(policy: Policy, override: Override) -> Policy:
         alpha=policy.alpha if override.alpha is None else override.alpha,
         schedule=policy.schedule if override.schedule is None else override.schedule,
         corruption=policy.corruption if override.corruption is None else override.corruption,
+        method=policy.method if override.method is None else override.method,
+        gate=_gate(policy, override),
     )
     if wanted.in_force != policy.in_force:
         _check_allowed(policy, wanted)
@@ -232,6 +260,12 @@ def _permitted(policy: Policy, override: Override) -> Policy:
             param="steering.corruption",
         )
     return wanted
+
+
+def _gate(policy: Policy, override: Override) -> Gate | None:
+    if override.gate is None:
+        return policy.gate
+    return None if override.gate == "none" else override.gate
 
 
 def _check_allowed(policy: Policy, wanted: Policy) -> None:

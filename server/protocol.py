@@ -17,10 +17,11 @@ from pydantic import (
     model_validator,
 )
 
+from server.config import GateText
 from server.errors import InvalidRequestError
 from steering.corruption import Corruption
 from steering.errors import PlanError
-from steering.plan import Mode, Schedule
+from steering.plan import Method, Mode, Schedule
 
 # Accepted and ignored: they say how it is billed or stored, or how fast it should be.
 IGNORED_FIELDS = frozenset(
@@ -166,6 +167,8 @@ class SteeringOverride(Wire):
     alpha: Annotated[float, Field(ge=0)] | None = None
     schedule: str | None = None
     corruption: Corruption | None = None
+    method: Method | None = None
+    gate: GateText | None = None
 
     @field_validator("schedule")
     @classmethod

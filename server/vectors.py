@@ -9,15 +9,13 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-
-from torch import Tensor
+from dataclasses import replace
 
 from server.backoff import backoff
 from server.policy import Policy, decide
 from server.tasks import ended
 from steering.errors import PlanError, SteeringError, VectorError
-from steering.methods import relative_dose, row_delta
+from steering.methods import RowSteering, row_steering
 from steering.models import ModelIdentity
 from steering.plan import SteeringPlan
 from steering.stores.base import Store
@@ -30,14 +28,6 @@ LOAD_TIMEOUT_S = 30.0
 FIRST_RETRY_S, MAX_RETRY_S = 1.0, 10.0
 MAX_LOADS = 4  # at once
 MAX_AHEAD = 64  # aliases that no policy uses yet, loaded so that taking one up refuses nobody
-
-
-@dataclass(frozen=True)
-class RowSteering:
-    """What a plan subtracts: delta (L, D) float32, None for nothing, and its largest dose."""
-
-    delta: Tensor | None = None
-    max_dose: float = 0.0
 
 
 class VectorCatalogue:
@@ -92,7 +82,7 @@ class VectorCatalogue:
             return None
         alias = policy.vector_alias
         vectors = self._active.get(alias)
-        if policy.mode == "dataset" and vectors is None:
+        if policy.needs_vectors and vectors is None:
             return self.problem(alias) or f"the vectors of alias {alias!r} are being read"
         try:
             self.steering(decide(replace(policy, rollout=100.0), None, True, vectors), vectors)
@@ -144,20 +134,15 @@ class VectorCatalogue:
     def steering(self, plan: SteeringPlan, vectors: ShiftVectors | None) -> RowSteering:
         """What `plan`, made with `vectors`, subtracts; cached by fingerprint. Event loop only.
 
-        A sample plan's delta is yet to be measured: it is None here. Raises PlanError when the
-        dose is over a dataset plan's cap or a layer does not exist.
+        Raises PlanError when the dose is over a dataset plan's cap, a layer does not exist, or the
+        vector set lacks what the method needs.
         """
         if not plan.is_active:
             return RowSteering()
-        if plan.mode == "sample":
-            plan.schedule.layers(self._identity.num_layers)  # raises now, not in the engine
-            return RowSteering()
-        assert vectors is not None, "a dataset plan was made with vectors"
         cached = self._rows.get(plan.fingerprint)
         if cached is None:
-            delta = row_delta(plan, vectors)
-            cached = RowSteering(delta, float(relative_dose(delta, vectors).max()))
-            self._rows[plan.fingerprint] = cached
+            plan.schedule.layers(self._identity.num_layers)  # raises now, not in the engine
+            cached = self._rows[plan.fingerprint] = row_steering(plan, vectors)
             if len(self._rows) > self._capacity:
                 self._rows.popitem(last=False)
         self._rows.move_to_end(plan.fingerprint)

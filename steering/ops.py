@@ -22,6 +22,11 @@ def scheduled(mean: Tensor, schedule: Schedule) -> Tensor:
     return weights * terms
 
 
+def along(hidden: Tensor, directions: Tensor) -> Tensor:
+    """The component of each state along its own direction: (..., D), unit vectors (..., D)."""
+    return (hidden * directions).sum(dim=-1, keepdim=True) * directions
+
+
 def dose(delta: Tensor, hidden_norm: Tensor) -> Tensor:
     """|delta_l| / |h_l| per layer: delta (L, D), hidden_norm (L,) -> (L,).
 

@@ -13,7 +13,7 @@ from steering.corruption import CORRUPTIONS, Corruption
 from steering.errors import PlanError
 
 Mode = Literal["off", "dataset", "sample"]
-Method = Literal["subtract"]
+Method = Literal["subtract", "project", "safety-projected"]
 Scope = Literal["last"]
 # The last two: it should have been steered and could not be, and the policy serves it all the same.
 Reason = Literal[
@@ -91,12 +91,57 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A strength that depends on the prompt: alpha * sigmoid((score - threshold) / temperature).
+
+    The score reads, at the prompt's last token after `layer` and with the image's shift taken out,
+    where the prompt lies along the refusal direction: -0.5 like harmless text, +0.5 like harmful
+    text of the anchor set, on average. Raises PlanError.
+    """
+
+    layer: int
+    threshold: float = 0.0
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise PlanError(f"gate layer {self.layer} is below 0")
+        if not math.isfinite(self.threshold):
+            raise PlanError(f"gate threshold {self.threshold} is not a finite number")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise PlanError(f"gate temperature {self.temperature} is not a finite number above 0")
+
+    @classmethod
+    def parse(cls, text: str) -> "Gate | None":
+        """Parse `none` or `layer:threshold:temperature`, of which the last two may be left out.
+
+        Raises PlanError with the form.
+        """
+        if text == "none":
+            return None
+        layer, *numbers = text.split(":")
+        try:
+            if len(numbers) <= 2:
+                return cls(int(layer), *(float(number) for number in numbers))
+        except ValueError:
+            pass
+        raise PlanError(f"gate {text!r} is neither none nor layer:threshold:temperature (15:0:0.1)")
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.threshold:g}:{self.temperature:g}"
+
+
+@dataclass(frozen=True)
 class SteeringPlan:
     """The steering of one request.
 
+    method `subtract` is CMRM's; `safety-projected` subtracts only what of the shift lies along the
+    refusal direction; `project` takes the state's own part in the shifts' leading subspace away,
+    alpha of it. `gate`: alpha is the most that a prompt gets.
+
     mode `dataset` subtracts a vector set's shift, mode `sample` the request's own, measured
     against its pictures corrupted as `corruption` says. `vector_id` is the sha256 id of the vector
-    set, None in mode `sample` and when nothing is applied; `reason` says why nothing is applied
+    set, None when the plan needs none (`needs_vectors`); `reason` says why nothing is applied
     and is None exactly when something is. `revision` is the policy revision that decided.
     `max_relative_dose` caps alpha * |w_l Delta_l| / |h_l| at every layer: in mode `dataset` more
     is refused, in mode `sample`, where nobody knows the shift beforehand, it is scaled down.
@@ -112,6 +157,7 @@ class SteeringPlan:
     max_relative_dose: float = math.inf
     revision: int = 0
     reason: Reason | None = "disabled"
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
@@ -123,15 +169,26 @@ class SteeringPlan:
         if self.corruption not in CORRUPTIONS:
             kinds = ", ".join(CORRUPTIONS)
             raise PlanError(f"corruption {self.corruption!r} is not one of: {kinds}")
-        if self.is_active and self.mode == "dataset" and self.vector_id is None:
-            raise PlanError("a plan of mode dataset needs the id of a vector set")
-        if self.is_active and self.mode == "sample" and self.vector_id is not None:
-            raise PlanError("a plan of mode sample measures its shift: it names no vector set")
+        if self.is_active:
+            self._check_method()
+
+    def _check_method(self) -> None:
+        if self.needs_vectors != (self.vector_id is not None):
+            raise PlanError(
+                f"a plan of mode {self.mode}, method {self.method}, gate {self.gate or 'none'} "
+                + ("needs the id of a vector set" if self.needs_vectors else "names no vector set")
+            )
+        check_method(self.mode, self.method, self.alpha, self.schedule)
 
     @property
     def is_active(self) -> bool:
         """Whether anything is subtracted."""
         return self.mode != "off" and self.alpha > 0 and self.reason is None
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether a vector set takes part: its shift, its subspace, or its refusal direction."""
+        return needs_vectors(self.mode, self.method, self.gate)
 
     @property
     def corruption_in_force(self) -> Corruption | None:
@@ -156,3 +213,21 @@ class SteeringPlan:
             f"{f.name}={getattr(plan, f.name)}" for f in fields(plan) if f.name not in without
         ]
         return hashlib.sha256("; ".join(values).encode()).hexdigest()
+
+
+def check_method(mode: Mode, method: Method, alpha: float, schedule: Schedule) -> None:
+    """Raises PlanError where a method cannot go with the rest; mode off goes with everything."""
+    if method != "project" or mode == "off":
+        return
+    if mode != "dataset" or schedule.kind != "all":
+        raise PlanError(
+            "method project needs mode dataset and a schedule of layers by themselves (all, "
+            f"range:a-b, single:l), not mode {mode} with schedule {schedule}"
+        )
+    if alpha > 1:
+        raise PlanError(f"method project takes away everything at alpha 1, not {alpha:g}")
+
+
+def needs_vectors(mode: Mode, method: Method, gate: Gate | None) -> bool:
+    """Whether steering of this kind takes part of a vector set."""
+    return mode == "dataset" or (mode == "sample" and (method != "subtract" or gate is not None))

@@ -13,10 +13,12 @@ from server.errors import InvalidRequestError
 
 _HELP = {
     "mode": "dataset steers by a stored vector set, sample by each request's own shift.",
-    "method": "How hidden states are steered.",
+    "method": "subtract the shift, safety-projected (its part along the refusal direction), or "
+    "project (the state's own part in the shifts' subspace).",
     "alpha": "Strength; 0 is an exact no-op.",
     "alpha_max": "Largest alpha that any request may get.",
     "schedule": "all, incremental, range:a-b, single:l or incremental:a-b.",
+    "gate": "none, or layer:threshold:temperature: alpha is the most that a prompt gets.",
     "scope": "Which prompt positions are steered, besides every generated one.",
     "vector_alias": "The vector set of mode dataset.",
     "corruption": "What mode sample replaces pictures by to measure their shift.",

@@ -64,8 +64,8 @@ class Merge:
 
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Strength", ("mode", "alpha", "alpha_max")),
-    ("What is subtracted", ("vector_alias", "schedule", "corruption", "method", "scope")),
+    ("Strength", ("mode", "alpha", "alpha_max", "gate")),
+    ("What is subtracted", ("vector_alias", "method", "schedule", "corruption", "scope")),
     ("Guard rails", ("on_error", "client_override", "max_relative_dose")),
     ("Traffic", ("rollout", "requests_per_minute", "concurrency")),
 )
@@ -81,12 +81,21 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Layers",
         "all, incremental, range:a-b, single:l or incremental:a-b; layers count from 0.",
     ),
-    "vector_alias": ("Vector alias", "The vector set of mode dataset."),
+    "vector_alias": ("Vector alias", "The vector set that is subtracted, or read by a gate."),
     "corruption": (
         "Corruption",
         "Mode sample: what replaces the pictures while their shift is measured.",
     ),
-    "method": ("Method", "How the shift is taken away."),
+    "method": (
+        "Method",
+        "subtract the shift (CMRM); safety-projected: only its part along the refusal direction; "
+        "project: the state's own part in the shifts' subspace (mode dataset).",
+    ),
+    "gate": (
+        "Gate",
+        "none, or layer:threshold:temperature (15:0:0.1): alpha is then the most that a prompt "
+        "gets, by how harmful its state reads.",
+    ),
     "scope": ("Positions", "last: the prompt's last token and every token of the answer."),
     "on_error": (
         "If it cannot be steered",

@@ -13,7 +13,7 @@ import torch
 
 from server import vectors as module
 from server.policy import Override, Policy, decide, default_fields
-from server.vectors import RowSteering, VectorCatalogue
+from server.vectors import VectorCatalogue
 from steering.errors import PlanError, StoreError
 from steering.plan import Schedule
 from steering.stores import MemoryStore
@@ -173,7 +173,7 @@ async def test_a_sample_plan_has_no_delta_yet_and_a_schedule_that_fits(
 ) -> None:
     policy = policy_of(steering_mode="sample", client_override="any")
     plan = decide(policy, None, has_images=True, vectors=None)
-    assert catalogue.steering(plan, None) == RowSteering()
+    assert catalogue.steering(plan, None).delta is None
     beyond = decide(policy, Override(schedule=Schedule.parse("single:3")), True, None)
     with pytest.raises(PlanError, match="names layer 3; the model has 3"):
         catalogue.steering(beyond, None)

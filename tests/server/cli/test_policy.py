@@ -44,10 +44,11 @@ def test_set_changes_what_is_given_and_says_before_and_after(acme: Deshift) -> N
 def test_every_field_has_an_option_that_reaches_it(acme: Deshift) -> None:
     values: dict[str, Any] = {
         "mode": "sample",
-        "method": "subtract",
+        "method": "safety-projected",
         "alpha": 0.25,
         "alpha_max": 1.5,
         "schedule": "range:1-2",
+        "gate": "3:0.25:0.5",
         "scope": "last",
         "vector_alias": "strict",
         "corruption": "noise",
