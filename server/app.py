@@ -26,6 +26,8 @@ from server.heartbeat import Heartbeat, replica_name, replica_status
 from server.logs import log_request
 from server.media import MediaLimits
 from server.middleware import Auth, BodyLimit, LoopbackHost, RateLimits, RequestContext
+from server.metrics.metrics import Metrics, process_registry
+from server.metrics.tenants import TenantLabels
 from server.policy import default_fields
 from server.routes import chat, models, status
 from server.services import BodyBudget, Services
@@ -33,6 +35,7 @@ from server.sync import Sync
 from server.tasks import ended
 from server.vectors import VectorCatalogue
 from steering.errors import PlanError, StoreError
+from server.timed_store import TimedStore
 from steering.plan import Schedule
 from steering.stores import Store, open_store
 
@@ -84,7 +87,10 @@ def create_app(
     app.add_middleware(Auth, settings=settings, directory=services.directory)
     if settings.api_key is None:
         app.add_middleware(LoopbackHost)  # Settings let nothing but loopback do without a key
-    app.add_middleware(RequestContext, in_flight=services.in_flight, observers=(log_request,))
+    observers: list[Observer] = [log_request, services.metrics.observe_request]
+    if tracer is not None:
+        observers.insert(0, tracer.observe)  # the trace's id stands in the log line
+    app.add_middleware(RequestContext, in_flight=services.in_flight, observers=observers)
     return app
 
 
@@ -144,6 +150,14 @@ def build_services(settings: Settings, engine: Engine, store: Store, writable: S
             max_images=settings.max_images,
             max_bytes=settings.max_image_bytes,
             max_pixels=settings.max_image_pixels,
+    metrics = Metrics(
+        settings.served_model_name or engine.identity.model_id,
+        TenantLabels(directory, settings.metrics_tenants),
+        process_registry(),
+    )
+    is_one = writable is store
+    store = TimedStore(store, metrics.observe_store)
+    writable = store if is_one else TimedStore(writable, metrics.observe_store)
             max_aspect=settings.max_image_aspect,
         ),
         created=int(started_at),
@@ -172,6 +186,7 @@ async def running(services: Services) -> AsyncIterator[None]:
 @asynccontextmanager
 async def following(services: Services) -> AsyncIterator[None]:
     """Keep in step with the store; wait a little for the first documents and their vectors."""
+        metrics=metrics,
     tasks = [asyncio.create_task(services.sync.run(), name="sync")]
     try:
         with suppress(TimeoutError):

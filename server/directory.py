@@ -7,6 +7,7 @@ Kept in memory, so that admission asks nobody. Does not read the store (sync.py)
 import hmac
 import time
 from collections import Counter
+from collections.abc import KeysView
 from dataclasses import dataclass
 
 from server.control import key_digest
@@ -103,8 +104,12 @@ class TenantDirectory:
         self._alias_users = Counter(self._default.aliases)
 
     @property
+    def tenants(self) -> KeysView[str]:
+        """Those with a policy from the store."""
+        return self._policies.keys()
+
+    @property
     def num_tenants(self) -> int:
-        """With a policy from the store."""
         return len(self._policies)
 
     @property

@@ -29,12 +29,11 @@ from server.errors import (
 )
 from server.generation import ClientLeftError
 from server.limits import TenantLimits
-from server.record import Observer, RequestRecord, record_of
+from server.record import CHAT, Observer, RequestRecord, record_of
 from server.services import BodyBudget, BodyShare, InFlight
 
 log = logging.getLogger("deshift.requests")
 OPEN_PATHS = frozenset({"/health", "/ready"})
-LIMITED = ("POST", "/v1/chat/completions")
 SETTINGS_KEY_ID = "settings"  # stands for DESHIFT_API_KEY where a key's id is told
 CLIENT_LEFT_STATUS = 499  # only in the log: nobody receives it
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:]+))(?::[0-9]*)?")
@@ -91,7 +90,9 @@ class RequestContext:
             record.status = CLIENT_LEFT_STATUS
         except Exception as error:  # the outermost boundary
             log.exception("request_id=%s failed", record.request_id)
-            if not record.status:
+            if record.status:
+                record.failure = record.failure or "internal"
+            else:
                 await error_response(error)(scope, receive, send_with_id)
         finally:
             self._in_flight.count -= 1
@@ -211,7 +212,7 @@ class RateLimits:
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"], scope["path"]) != LIMITED:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != CHAT:
             await self._app(scope, receive, send)
             return
         with ExitStack() as admission:

@@ -23,6 +23,7 @@ from server.steered import Steered
 #   prepare    chat template and processor for the request's own prompt
 #   pair       the same for the sample level's two prompts
 Stage = Literal["admission", "store", "media", "prepare", "pair"]
+CHAT = ("POST", "/v1/chat/completions")
 
 
 @dataclass
@@ -73,6 +74,10 @@ class RequestRecord:
 
 Observer = Callable[[RequestRecord], None]
 
+
+    @property
+    def is_chat(self) -> bool:
+        return (self.method, self.path) == CHAT
 
 def record_of(scope: Scope) -> RequestRecord:
     record: RequestRecord = scope["state"]["record"]

@@ -40,8 +40,9 @@ class SteeringReport(BaseModel):
     """What was done to this answer; `reason` says why nothing, and is null when something was.
 
     `vector` is null at sample level, `corruption` everywhere else. `overhead_ms` is the time that
-    steering took of this request: `shift_ms`, for measuring its own shift, and the subtracting. A
-    shift that could not be measured has cost its time too.
+    steering took of this request: the plan, `shift_ms` for measuring its own shift, with making the
+    two prompts for it, and the subtracting. A shift that could not be measured has cost its time
+    too.
     """
 
     mode: str

@@ -1,5 +1,6 @@
 """What the handlers may use: one typed object, built by app.py."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ from starlette.requests import Request
 from server.config import Settings
 from server.control import Control
 from server.directory import TenantDirectory
+from server.documents import DEFAULT_TENANT
 from server.engine.api import Engine
 from server.engine.types import QueueFullError
 from server.errors import UnavailableError
@@ -15,6 +17,7 @@ from server.generation import EventBridge
 from server.heartbeat import Heartbeat
 from server.limits import TenantLimits
 from server.media import MediaLimits
+from server.metrics.metrics import Metrics
 from server.sync import Sync
 from server.vectors import VectorCatalogue
 from steering.stores.base import Store
@@ -75,6 +78,7 @@ class Services:
     created: int  # wall time, for /v1/models
     pool: ThreadPoolExecutor  # decodes images and runs processors
     bodies: BodyBudget
+    metrics: Metrics
     limits: TenantLimits = field(default_factory=TenantLimits)
     in_flight: InFlight = field(default_factory=InFlight)
     bridge: EventBridge = field(default_factory=EventBridge)
@@ -83,6 +87,20 @@ class Services:
     def model_name(self) -> str:
         """The name that requests use."""
         return self.settings.served_model_name or self.engine.identity.model_id
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine passed its canary, nothing drains, and the default policy is known and
+        can be kept."""
+        if self.in_flight.is_draining or self.engine.status().state != "ready":
+            return False
+        if self.settings.cold_start == "refuse" and not self.directory.is_synced:
+            return False
+        try:
+            policy = self.directory.policy(DEFAULT_TENANT, time.time())
+        except UnavailableError:
+            return False
+        return self.vectors.is_ready_for(policy)
 
     def refuse_while_draining(self) -> None:
         if self.in_flight.is_draining:

@@ -11,15 +11,42 @@ from steering.plan import SteeringPlan
 
 
 @dataclass(frozen=True)
+class Overhead:
+    """Seconds that steering cost one request. shift: the passes of the sample level's two prompts;
+    inject: subtracting; store: taking the vectors; admission: policy, plan, making the two prompts.
+    """
+
+    shift_s: float = 0.0
+    inject_s: float = 0.0
+    store_s: float = 0.0
+    admission_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.by_stage.values())
+
+    @property
+    def by_stage(self) -> dict[str, float]:
+        return {
+            "shift": self.shift_s,
+            "inject": self.inject_s,
+            "store": self.store_s,
+            "admission": self.admission_s,
+        }
+
+
+@dataclass(frozen=True)
 class Steered:
     """The plan in force and the largest |delta_l| / |h_l| over the layers.
 
-    Known at admission, except at sample level, where the engine's SteeringApplied brings the dose
-    or, under `serve-unsteered`, says that nothing is subtracted after all.
+    before: what steering cost until the engine was asked. All known at admission, except at sample
+    level, where the engine's SteeringApplied brings the dose or, under `serve-unsteered`, says that
+    nothing is subtracted after all.
     """
 
     plan: SteeringPlan
     relative_dose: float = 0.0
+    before: Overhead = Overhead()
 
     def after(self, event: SteeringApplied) -> "Steered":
         if event.failure is not None:
@@ -46,6 +73,13 @@ class Steered:
     def log_value(self) -> str:
         """The same in the log line of the request, which separates its values by spaces."""
         return self.header.replace(" ", "")
+    def overhead(self, timings: RequestTimings) -> Overhead:
+        """Of a finished request; answers tell the same as is exported. Where nothing was subtracted
+        in the end, what measuring its shift took in vain."""
+        if not self.plan.is_active:
+            return Overhead(shift_s=timings.shift_s)
+        return replace(self.before, shift_s=timings.shift_s, inject_s=timings.inject_s)
+
 
     def report(self, timings: RequestTimings) -> SteeringReport:
         plan = self.plan
@@ -59,7 +93,7 @@ class Steered:
             corruption=plan.corruption_in_force,
             revision=plan.revision,
             relative_dose=round(self.relative_dose, 6),
-            overhead_ms=round(1000 * (inject_s + timings.shift_s), 3),
+            overhead_ms=round(1000 * self.overhead(timings).total_s, 3),
             shift_ms=round(1000 * timings.shift_s, 3),
             reason=plan.reason,
         )

@@ -66,7 +66,7 @@ def load_model(
 
     from steering.processors import load_processor
 
-    place = _device(device)
+    place = device_of(device)
     directory, model_id, commit = _checkpoint(model, revision)
     _refuse_text_only(directory, model)
     chosen = default_dtype(place) if dtype == "auto" else _dtype(dtype)
@@ -221,7 +221,8 @@ def chat_template_digest(processor: Any, name: str = "the model") -> str:
     return hashlib.sha256(template.encode()).hexdigest()
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N -> the device itself. Raises ModelError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

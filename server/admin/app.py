@@ -37,7 +37,7 @@ from server.errors import (
 )
 from server.logs import log_request
 from server.middleware import BodyLimit, LoopbackHost, RequestContext
-from server.routes import status
+from server.routes import metrics, status
 from server.services import BodyBudget, InFlight, Services
 from steering.errors import ConflictError, SteeringError
 
@@ -82,7 +82,8 @@ def create_admin_app(services: Services) -> FastAPI:
     for module in (tenants, in_force, keys, vectors, kill, audit, replicas, store, preview):
         api.include_router(module.router)
     app.include_router(api)
-    app.include_router(status.router, include_in_schema=False)
+    for module in (status, metrics):
+        app.include_router(module.router, include_in_schema=False)
     app.include_router(console)
     for kind in (*_ERRORS, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)

@@ -30,8 +30,7 @@ from server.protocol import ChatCompletionRequest, parse_chat
 from server.record import RequestRecord, record_of
 from server.routes.models import check_model
 from server.services import Services, services_of
-from server.steered import Steered
-from server.vectors import RowSteering
+from server.steered import Overhead, Steered
 from steering.errors import PlanError
 from steering.plan import SteeringPlan
 
@@ -72,7 +71,7 @@ async def create_chat_completion(request: Request) -> Response:
         on_error=policy.on_error,
     )
     head = _head(wire, engine_request)
-    steered = Steered(plan, steering.max_dose)
+    steered = Steered(plan, steering.max_dose, _overhead_so_far(record))
     if not wire.stream:
         return WholeResponse(generation, engine_request, record, head, steered)
     include_usage = bool(wire.stream_options and wire.stream_options.include_usage)
@@ -80,6 +79,14 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 def _head(wire: ChatCompletionRequest, engine_request: EngineRequest) -> AnswerHead:
+def _overhead_so_far(record: RequestRecord) -> Overhead:
+    stages = record.stages
+    return Overhead(
+        store_s=stages.get("store", 0.0),
+        admission_s=stages.get("admission", 0.0) + stages.get("pair", 0.0),
+    )
+
+
     return AnswerHead(
         id=engine_request.request_id,
         created=int(time.time()),
@@ -182,4 +189,9 @@ def _prepare(
     with record.timed("media"):
         images = decode_images(wire.image_urls, services.media_limits)
     with record.timed("prepare"):
-        return prepared(services.engine, engine_messages(wire.messages), images, plan, on_error)
+    messages = engine_messages(wire.messages)
+        inputs, plan = prepared(services.engine, messages, images, plan, on_error)
+    if plan.corruption_in_force is not None:
+        record.stages["pair"] = inputs.pair_s
+        record.stages["prepare"] -= inputs.pair_s
+    return inputs, plan

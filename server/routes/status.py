@@ -25,7 +25,7 @@ async def health(request: Request) -> Response:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """200 when the engine passed its canary, nothing drains, and the default policy can be kept.
+    """200 when the server is ready (Services.is_ready).
 
     A lost or foreign store, and another tenant's alias that is broken, are shown and leave it
     ready: what was in force before is in force.
@@ -33,9 +33,7 @@ async def ready(request: Request) -> Response:
     services = services_of(request)
     engine = services.engine.status()
     is_draining = services.in_flight.is_draining
-    steering, can_steer = _steering(services)
-    is_cold = not services.directory.is_synced and services.settings.cold_start == "refuse"
-    is_ready = engine.state == "ready" and can_steer and not is_draining and not is_cold
+    is_ready = services.is_ready
     body = {
         "status": "ready" if is_ready else "not ready",
         "model": services.model_name,
@@ -47,7 +45,7 @@ async def ready(request: Request) -> Response:
             "running": engine.num_running,
         },
         "store": _store(services),
-        "steering": steering,
+        "steering": _steering(services),
     }
     return JSONResponse(body, status_code=200 if is_ready else 503)
 
@@ -68,14 +66,14 @@ def _store(services: Services) -> dict[str, Any]:
     }
 
 
-def _steering(services: Services) -> tuple[dict[str, Any], bool]:
+def _steering(services: Services) -> dict[str, Any]:
     """What is in force by default, and whether it can be kept; then every alias in use."""
     vectors, directory = services.vectors, services.directory
     body = {"kill": directory.kill, "vectors": vectors.ids, "problems": vectors.problems}
     try:
         policy = directory.policy(DEFAULT_TENANT, time.time())
     except UnavailableError as error:
-        return {"policy": None, "problem": str(error), **body}, False
+        return {"policy": None, "problem": str(error), **body}
     active, alias = vectors.active(policy.vector_alias), policy.vector_alias
     problem = vectors.problem_of(policy) or vectors.problem(alias)
     default = {
@@ -84,4 +82,4 @@ def _steering(services: Services) -> tuple[dict[str, Any], bool]:
         "vector": active.id if active else None,
         "problem": problem,
     }
-    return {**default, **body}, vectors.is_ready_for(policy)
+    return {**default, **body}

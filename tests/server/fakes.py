@@ -4,6 +4,7 @@ Beside it what tests of the HTTP layer build again and again: identities, vector
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from server.control import Author, activate
+from server.engine.stats import CacheUse, Counters, EngineStats
 from server.engine.types import (
     ChoiceFinished,
     EngineError,
@@ -40,6 +42,7 @@ TIMINGS = RequestTimings(
     queue_s=0.001, prefill_s=0.002, time_to_first_token_s=0.003, e2e_s=0.01, inject_s=0.0005
 )
 SHIFT_S = 0.002  # what measuring a request's own shift takes
+PAIR_S = 0.002  # what making its two prompts takes
 SAMPLE_DOSE = 0.125  # and the dose that it comes to
 CACHED_TOKENS = 1  # of every prompt
 AUTHOR = Author("ann", "to be tested", "command")
@@ -98,6 +101,7 @@ class FakeEngine:
         self.max_model_len = 100
         self.identity = make_identity()
         self.state: str = "starting"
+        self.counters = Counters()  # what stats tells; nothing is counted
         self._running: dict[str, threading.Event] = {}  # cancel flags
         self._threads: list[threading.Thread] = []
 
@@ -123,8 +127,10 @@ class FakeEngine:
         texts = [part.get("text", "") for message in messages for part in message["content"]]
         text_len = sum(map(len, texts))
         prompt = make_prompt(text_len + 10 * len(images))
-        pair = None if corruption is None else ShiftPair(prompt, make_prompt(text_len))
-        return EngineInputs(prompt, pair)
+        if corruption is None:
+            return EngineInputs(prompt)
+        time.sleep(PAIR_S)
+        return EngineInputs(prompt, ShiftPair(prompt, make_prompt(text_len)), PAIR_S)
 
     def submit(self, request: EngineRequest) -> None:
         if self.refusal is not None:
@@ -144,6 +150,9 @@ class FakeEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(self.state, self.state, 0, len(self._running), 0, 1000)  # type: ignore[arg-type]
+
+    def stats(self) -> EngineStats:
+        return self.counters.snapshot({"own": CacheUse(), "shift": CacheUse()}, CacheUse())
 
     def start(self) -> None:
         if self.start_error is not None:

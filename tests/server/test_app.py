@@ -234,7 +234,10 @@ def test_a_replica_is_seen_while_it_runs_and_its_stores_are_closed_if_they_are_i
 
 def test_a_store_that_was_lent_stays_open_and_serves_operators_too(store: MemoryStore) -> None:
     app = create_app(make_settings(), engine=FakeEngine(), store=store)
-    assert app.state.services.control.store is app.state.services.store is store
+    assert app.state.services.control.store is app.state.services.store
+    with TestClient(app, "http://127.0.0.1"):
+        pass
+    assert asyncio.run(store.changes()).revision == 1, "the alias of its vectors"
 
 
 def test_no_request_is_dropped_while_an_alias_moves(
