@@ -25,17 +25,17 @@ from server.errors import ConfigError, ServerError, error_response
 from server.heartbeat import Heartbeat, replica_name, replica_status
 from server.logs import log_request
 from server.media import MediaLimits
-from server.middleware import Auth, BodyLimit, LoopbackHost, RateLimits, RequestContext
 from server.metrics.metrics import Metrics, process_registry
 from server.metrics.tenants import TenantLabels
+from server.middleware import Auth, BodyLimit, LoopbackHost, RateLimits, RequestContext
 from server.policy import default_fields
 from server.routes import chat, models, status
 from server.services import BodyBudget, Services
 from server.sync import Sync
 from server.tasks import ended
+from server.timed_store import TimedStore
 from server.vectors import VectorCatalogue
 from steering.errors import PlanError, StoreError
-from server.timed_store import TimedStore
 from steering.plan import Schedule
 from steering.stores import Store, open_store
 
@@ -127,6 +127,14 @@ def build_services(settings: Settings, engine: Engine, store: Store, writable: S
     except PlanError as error:
         raise ConfigError(f"{PREFIX}SCHEDULE: {error}") from None
     directory = TenantDirectory(fields)
+    metrics = Metrics(
+        settings.served_model_name or engine.identity.model_id,
+        TenantLabels(directory, settings.metrics_tenants),
+        process_registry(),
+    )
+    is_one = writable is store
+    store = TimedStore(store, metrics.observe_store)
+    writable = store if is_one else TimedStore(writable, metrics.observe_store)
     vectors = VectorCatalogue(store, engine.identity)
     sync = Sync(store, directory, vectors, settings.sync_interval_s)
     replica, started_at = replica_name(settings), time.time()
@@ -150,19 +158,12 @@ def build_services(settings: Settings, engine: Engine, store: Store, writable: S
             max_images=settings.max_images,
             max_bytes=settings.max_image_bytes,
             max_pixels=settings.max_image_pixels,
-    metrics = Metrics(
-        settings.served_model_name or engine.identity.model_id,
-        TenantLabels(directory, settings.metrics_tenants),
-        process_registry(),
-    )
-    is_one = writable is store
-    store = TimedStore(store, metrics.observe_store)
-    writable = store if is_one else TimedStore(writable, metrics.observe_store)
             max_aspect=settings.max_image_aspect,
         ),
         created=int(started_at),
         pool=ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare"),
         bodies=BodyBudget(settings.max_buffered_bytes),
+        metrics=metrics,
     )
 
 
@@ -186,7 +187,6 @@ async def running(services: Services) -> AsyncIterator[None]:
 @asynccontextmanager
 async def following(services: Services) -> AsyncIterator[None]:
     """Keep in step with the store; wait a little for the first documents and their vectors."""
-        metrics=metrics,
     tasks = [asyncio.create_task(services.sync.run(), name="sync")]
     try:
         with suppress(TimeoutError):

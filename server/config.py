@@ -184,6 +184,23 @@ class Settings(BaseModel):
         "without any, the admin listener answers its status pages only.",
     )
 
+    metrics_tenants: int = Field(
+        200,
+        ge=0,
+        le=10_000,
+        description="How many tenants have a label of their own in the metrics, beside the default "
+        "one; the rest are `other`.",
+    )
+
+    log_format: Literal["text", "json"] = Field(
+        "text", description="The log on stderr: text, or json with one object a line."
+    )
+    tracing: Literal["off", "otlp"] = Field(
+        "off",
+        description="off, or otlp: traces of chat requests to an OpenTelemetry collector, which "
+        "the standard OTEL_* variables name; needs the extra `otel`.",
+    )
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -205,23 +222,6 @@ class Settings(BaseModel):
             name = variable.removeprefix(PREFIX).lower()
             if name not in cls.model_fields:
                 close = difflib.get_close_matches(name, cls.model_fields, n=1)
-    metrics_tenants: int = Field(
-        200,
-        ge=0,
-        le=10_000,
-        description="How many tenants have a label of their own in the metrics, beside the default "
-        "one; the rest are `other`.",
-    )
-
-    log_format: Literal["text", "json"] = Field(
-        "text", description="The log on stderr: text, or json with one object a line."
-    )
-    tracing: Literal["off", "otlp"] = Field(
-        "off",
-        description="off, or otlp: traces of chat requests to an OpenTelemetry collector, which "
-        "the standard OTEL_* variables name; needs the extra `otel`.",
-    )
-
                 hint = f"; did you mean {PREFIX}{close[0].upper()}?" if close else ""
                 raise ConfigError(f"{variable} is not a setting{hint}")
             values[name] = value

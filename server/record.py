@@ -71,13 +71,13 @@ class RequestRecord:
     def tenant(self) -> str | None:
         return None if self.principal is None else self.principal.tenant
 
-
-Observer = Callable[[RequestRecord], None]
-
-
     @property
     def is_chat(self) -> bool:
         return (self.method, self.path) == CHAT
+
+
+Observer = Callable[[RequestRecord], None]
+
 
 def record_of(scope: Scope) -> RequestRecord:
     record: RequestRecord = scope["state"]["record"]

@@ -73,13 +73,13 @@ class Steered:
     def log_value(self) -> str:
         """The same in the log line of the request, which separates its values by spaces."""
         return self.header.replace(" ", "")
+
     def overhead(self, timings: RequestTimings) -> Overhead:
         """Of a finished request; answers tell the same as is exported. Where nothing was subtracted
         in the end, what measuring its shift took in vain."""
         if not self.plan.is_active:
             return Overhead(shift_s=timings.shift_s)
         return replace(self.before, shift_s=timings.shift_s, inject_s=timings.inject_s)
-
 
     def report(self, timings: RequestTimings) -> SteeringReport:
         plan = self.plan

@@ -78,7 +78,6 @@ async def create_chat_completion(request: Request) -> Response:
     return StreamResponse(generation, engine_request, record, head, steered, include_usage)
 
 
-def _head(wire: ChatCompletionRequest, engine_request: EngineRequest) -> AnswerHead:
 def _overhead_so_far(record: RequestRecord) -> Overhead:
     stages = record.stages
     return Overhead(
@@ -87,6 +86,7 @@ def _overhead_so_far(record: RequestRecord) -> Overhead:
     )
 
 
+def _head(wire: ChatCompletionRequest, engine_request: EngineRequest) -> AnswerHead:
     return AnswerHead(
         id=engine_request.request_id,
         created=int(time.time()),
@@ -188,8 +188,8 @@ def _prepare(
 ) -> tuple[EngineInputs, SteeringPlan]:
     with record.timed("media"):
         images = decode_images(wire.image_urls, services.media_limits)
-    with record.timed("prepare"):
     messages = engine_messages(wire.messages)
+    with record.timed("prepare"):
         inputs, plan = prepared(services.engine, messages, images, plan, on_error)
     if plan.corruption_in_force is not None:
         record.stages["pair"] = inputs.pair_s
