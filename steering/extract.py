@@ -83,6 +83,7 @@ def extract(
         basis=basis,
         singular_values=singular_values,
         refusal_direction=sums.refusal_direction(),
+        text_mean=sums.text_mean(),
     )
 
 
@@ -175,6 +176,9 @@ class _Sums:
             return None
         harmful, harmless = (self._text[k] / self._num_text[k] for k in self._text)
         return (harmful - harmless).float()
+
+    def text_mean(self) -> Tensor:
+        return (torch.stack([*self._text.values()]).sum(dim=0) / self._num).float()
 
     def basis(self, rank: int) -> tuple[Tensor | None, Tensor | None]:
         """(L, k, D) right singular vectors of the uncentred shifts and (L, k) singular values.

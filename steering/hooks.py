@@ -5,7 +5,6 @@ They sit on the decoder layers, so they see h_l, the residual stream after layer
 subtracted (methods.py) nor from which row (the engine's runner).
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from steering.stopwatch import ClockStopwatch, Reading, Stopwatch
 
 Edit = Callable[[int, Tensor], Tensor | None]
 
@@ -99,41 +100,40 @@ class Injection:
 class Injector:
     """Subtracts the pass's injection from one token of every row; an exact no-op without one.
 
-    `fired` counts hook calls and `inject_s` the seconds spent subtracting since the last `take`
-    (on a GPU: launching, the work itself overlaps).
+    Counts hook calls and times the subtractions.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, stopwatch: Stopwatch) -> None:
         self.num_layers = num_layers
         self.injection: Injection | None = None
         self._fired = 0
-        self._inject_s = 0.0
+        self._stopwatch = stopwatch
 
-    def take(self) -> tuple[int, float]:
-        """Return (fired, inject_s) and set both to zero."""
-        taken = self._fired, self._inject_s
-        self._fired, self._inject_s = 0, 0.0
-        return taken
+    def take(self) -> tuple[int, Reading]:
+        """Return how often a hook was called since the last time, and what subtracting took."""
+        fired, self._fired = self._fired, 0
+        return fired, self._stopwatch.take()
 
     def _inject(self, layer: int, hidden: Tensor) -> Tensor | None:
         self._fired += 1
         injection = self.injection
         if injection is None:
             return None
-        started = time.perf_counter()
+        self._stopwatch.start()
         steered = subtract_at(hidden, injection.deltas[layer], injection.token)
-        self._inject_s += time.perf_counter() - started
+        self._stopwatch.stop()
         return steered
 
 
 @contextmanager
-def steer(layers: Sequence[nn.Module]) -> Iterator[Injector]:
+def steer(layers: Sequence[nn.Module], stopwatch: Stopwatch | None = None) -> Iterator[Injector]:
     """Install the steering hooks; the engine enters this once, for its lifetime.
 
     What is subtracted belongs to the batch and is set on the yielded Injector before each
-    forward pass; nothing is baked into a hook.
+    forward pass; nothing is baked into a hook. `stopwatch`: one that fits the model's device
+    (`stopwatch_of`), else the clock.
     """
-    injector = Injector(len(layers))
+    injector = Injector(len(layers), stopwatch or ClockStopwatch())
     with _on_each_layer(layers, injector._inject):
         yield injector
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steering.errors import VectorError
 from steering.models import ModelIdentity
+from steering.projection import Reference
 
 LAYER_CONVENTION = "residual stream after decoder layer l, 0-based, before any final norm"
 _FORMAT = "deshift shift vectors 1"
@@ -70,6 +71,7 @@ class ShiftVectors:
     prompts with the corrupted image. consistency (L,): the mean pairwise cosine of the prompts'
     shifts. basis (L, k, D), singular_values (L, k): the leading right singular vectors of the
     uncentred shifts. refusal_direction (L, D): mean h_l of harmful minus of harmless text.
+    text_mean (L, D): mean h_l of the anchors' text-only prompts; a set of before it has none.
     All float32, on the CPU, finite; treat them as constants. Raises VectorError otherwise.
     """
 
@@ -80,6 +82,7 @@ class ShiftVectors:
     basis: Tensor | None = None
     singular_values: Tensor | None = None
     refusal_direction: Tensor | None = None
+    text_mean: Tensor | None = None
 
     def __post_init__(self) -> None:
         num_layers, hidden_size = self.num_layers, self.hidden_size
@@ -88,6 +91,7 @@ class ShiftVectors:
             "hidden_norm": (num_layers,),
             "consistency": (num_layers,),
             "refusal_direction": (num_layers, hidden_size),
+            "text_mean": (num_layers, hidden_size),
         }
         if (self.basis is None) != (self.singular_values is None):
             raise VectorError("basis and singular_values come together or not at all")
@@ -108,6 +112,11 @@ class ShiftVectors:
     @property
     def hidden_size(self) -> int:
         return self.manifest.model.hidden_size
+
+    @property
+    def reference(self) -> Reference | None:
+        """What prompts are measured against; None without a `text_mean`."""
+        return None if self.text_mean is None else Reference(self.text_mean, self.mean)
 
     @cached_property
     def id(self) -> str:

@@ -198,9 +198,8 @@ def _layers(vector_set: ShiftVectors) -> list[dict[str, Any]]:
 def _provenance(vector_set: ShiftVectors, aliases: list[str], size_bytes: int) -> Table:
     manifest = vector_set.manifest
     model = manifest.model
-    extras = [
-        name for name in ("basis", "refusal_direction") if getattr(vector_set, name) is not None
-    ]
+    optional = ("basis", "refusal_direction", "text_mean")
+    extras = [name for name in optional if getattr(vector_set, name) is not None]
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

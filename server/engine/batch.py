@@ -12,6 +12,7 @@ from torch import Tensor
 
 from server.engine.cache import PromptCache, Slab
 from steering.plan import SteeringPlan
+from steering.stopwatch import Reading, Seconds
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Chunk:
 
     What its last token subtracts at each layer: `delta` (L, D) float32, or a `shift` that this
     pass measures, or nothing. `pictures`: spans of tokens that see each other both ways.
+    wants_hidden: its last token's normed state is asked for; wants_states: what that token's state
+    is after each layer, in a chunk that subtracts nothing.
     """
 
     embeds: Tensor
@@ -43,6 +46,7 @@ class Chunk:
     shift: Shift | None = None
     pictures: tuple[tuple[int, int], ...] = ()
     wants_hidden: bool = True
+    wants_states: bool = False
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -90,14 +94,17 @@ class Output:
     """hidden (S, D): the normed last states of the chunks that want them, then of the rows.
 
     shifts: by chunk index, what a measured shift came to: delta (L, D) float32 and its doses (L,).
-    fired: at how many layers steering had its turn, over `forwards` runs through all of them.
+    states: by chunk index, (L, D) float32 of each that wants them. fired: at how many layers
+    steering had its turn, over `forwards` runs through all of them. injected: what subtracting
+    took.
     """
 
     hidden: Tensor
     shifts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
     fired: int = 0
     forwards: int = 1
-    inject_s: float = 0.0
+    injected: Reading = field(default_factory=Seconds)
 
 
 class Decoder(Protocol):

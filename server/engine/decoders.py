@@ -9,6 +9,7 @@ from server.engine.fused import FusedDecoder, can_fuse
 from server.engine.types import EngineError
 from steering.hooks import steer
 from steering.layers import decoder_layers
+from steering.stopwatch import stopwatch_of
 
 DecoderChoice = Literal["auto", "eager", "fused"]
 
@@ -24,5 +25,6 @@ def build_decoder(choice: DecoderChoice, model: Any, life: ExitStack) -> Decoder
         name = type(model.get_decoder()).__name__
         raise EngineError(f"{name} cannot run fused here; choose decoder auto or eager")
     if choice == "eager" or not can_fuse(model):
-        return EagerDecoder(model, life.enter_context(steer(decoder_layers(model))))
+        hooks = steer(decoder_layers(model), stopwatch_of(model.device))
+        return EagerDecoder(model, life.enter_context(hooks))
     return FusedDecoder(model)

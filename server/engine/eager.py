@@ -36,6 +36,7 @@ class EagerDecoder:
         self._injector.take()  # of a pass that broke midway
         shifts: dict[int, tuple[Tensor, Tensor]] = {}
         hidden: list[Tensor] = []
+        wanted = {number for number, chunk in enumerate(batch.chunks) if chunk.wants_states}
         measured = {
             i for c in batch.chunks if c.shift for i in (c.shift.corrupted, c.shift.text_only)
         }
@@ -46,7 +47,7 @@ class EagerDecoder:
                 corrupted, text_only = states[chunk.shift.corrupted], states[chunk.shift.text_only]
                 delta = sample_delta(chunk.shift.plan, corrupted, text_only)
                 shifts[number] = (delta, delta.norm(dim=-1) / corrupted.norm(dim=-1))
-            if number in measured:
+            if number in measured | wanted:
                 with record(self._layers) as recorder:
                     last = self._run_chunk(chunk, delta)
                 states[number] = recorder.last_hidden()[:, 0]
@@ -56,13 +57,14 @@ class EagerDecoder:
                 hidden.append(last)
         for rows, deltas in _slabs(batch):
             hidden.append(self._run_rows(rows, deltas))
-        fired, inject_s = self._injector.take()
+        fired, injected = self._injector.take()
         return Output(
             hidden=torch.cat(hidden) if hidden else batch.chunks[0].embeds[:0],
             shifts=shifts,
+            states={number: states[number] for number in wanted},
             fired=fired,
             forwards=len(batch.chunks) + len(batch.slabs),
-            inject_s=inject_s,
+            injected=injected,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ heads are not expanded, and it looks no further than the longest row), norms 2 /
 """
 
 import itertools
-import time
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from server.engine.cache import Slab
 from server.engine.linear import Linear
 from steering.layers import decoder_layers, text_config
 from steering.methods import SampleShift
+from steering.stopwatch import Stopwatch, stopwatch_of
 
 # Their layers are norm, attention with rotary positions, norm, gated MLP: checked by the
 # conformance suite. A class that only looks alike is run by its own modules.
@@ -79,6 +79,7 @@ class FusedDecoder:
         decoder = model.get_decoder()
         head = model.get_output_embeddings()
         self._dtype, self._device = model.dtype, model.device
+        self._stopwatch = stopwatch_of(model.device)
         self._rotary = decoder.rotary_emb
         self._layers = [_Layer(module) for module in decoder_layers(model)]
         self._norm = _Norm(decoder.norm)
@@ -100,7 +101,8 @@ class FusedDecoder:
     def _run(self, batch: Batch, seen: list[Tensor] | None) -> Output:
         """`seen` collects what each reader is given at the last tokens."""
         packing = _Packing(batch, self._device, self._layers[0].group)
-        steering = _Steering(batch, packing, self.num_layers, self._device)
+        self._stopwatch.take()  # of a pass that broke midway
+        steering = _Steering(batch, packing, self.num_layers, self._stopwatch)
         hidden = nn.functional.pad(batch.embeds.float(), (0, 0, 0, packing.padding))
         rotary = self._rotary_tables(batch, packing.padding)
         for number, layer in enumerate(self._layers):
@@ -113,8 +115,9 @@ class FusedDecoder:
         return Output(
             hidden=self._norm(hidden[packing.wanted]).to(self._dtype),
             shifts=steering.shifts(),
+            states=steering.states(),
             fired=steering.fired,
-            inject_s=steering.inject_s,
+            injected=self._stopwatch.take(),
         )
 
     def _rotary_tables(self, batch: Batch, padding: int) -> tuple[Tensor, Tensor]:
@@ -249,11 +252,11 @@ class _Steering:
     """Subtracts, after each layer, what the batch asks for; measures its shifts on the way."""
 
     def __init__(
-        self, batch: Batch, packing: _Packing, num_layers: int, device: torch.device
+        self, batch: Batch, packing: _Packing, num_layers: int, stopwatch: Stopwatch
     ) -> None:
         self.fired = 0
-        self.inject_s = 0.0
-        lasts = packing.chunk_lasts
+        self._stopwatch = stopwatch
+        lasts, device = packing.chunk_lasts, packing.lasts.device
         given = [i for i, chunk in enumerate(batch.chunks) if chunk.delta is not None]
         self._given = torch.tensor([lasts[i] for i in given], device=device)
         deltas = [chunk.delta for chunk in batch.chunks if chunk.delta is not None]
@@ -269,13 +272,18 @@ class _Steering:
         self._row_states: Tensor | None = None
         self._first_row, self._end = packing.first_row, packing.end
         self._is_idle = not deltas and not plans and batch.deltas is None
+        self._watching = [i for i, chunk in enumerate(batch.chunks) if chunk.wants_states]
+        self._watched = torch.tensor([lasts[i] for i in self._watching], device=device)
+        self._states: list[Tensor] = []
 
     def at(self, layer: int, hidden: Tensor) -> None:
         """hidden (N, D) float32 after `layer`, changed in place."""
         self.fired += 1
+        if self._watching:
+            self._states.append(hidden[self._watched])
         if self._is_idle:
             return
-        started = time.perf_counter()
+        self._stopwatch.start()
         if self._deltas is not None:
             hidden.index_add_(0, self._given, self._deltas[layer], alpha=-1)
         if self._shift is not None:
@@ -285,7 +293,7 @@ class _Steering:
             if self._row_states is None:  # the stream is one tensor, changed in place throughout
                 self._row_states = hidden[self._first_row : self._end]
             self._row_states.sub_(self._rows[layer])
-        self.inject_s += time.perf_counter() - started
+        self._stopwatch.stop()
 
     def shifts(self) -> dict[int, tuple[Tensor, Tensor]]:
         """See `Output.shifts`."""
@@ -293,3 +301,7 @@ class _Steering:
             return {}
         deltas, doses = self._shift.deltas, self._shift.doses
         return {i: (deltas[:, k], doses[:, k]) for k, i in enumerate(self._measuring)}
+
+    def states(self) -> dict[int, Tensor]:
+        """See `Output.states`."""
+        return {i: torch.stack([s[k] for s in self._states]) for k, i in enumerate(self._watching)}

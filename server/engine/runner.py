@@ -4,8 +4,8 @@ Owns the model, the caches and the steering table. Does not decide what runs (sc
 the layers are computed (fused.py, eager.py) nor which token is taken (sampling.py).
 """
 
-import time
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
 from server.engine.cache import KVShape, PromptCache, RowCache, Slab
+from server.engine.costs import Costs
 from server.engine.families import Family, bidirectional_blocks, embed, encode_image, images_between
 from server.engine.prefix import PrefixCache, blocks_of
 from server.engine.scheduler import PrefillChunk
@@ -21,6 +22,7 @@ from server.engine.stats import Counters
 from server.engine.types import EngineError, ImageInput
 from server.engine.vision import SHARED_NAMESPACE, VisionCache
 from steering.corruption import MEANINGLESS
+from steering.projection import Reference, shift_projection
 
 
 class SteeringFaultError(EngineError):
@@ -51,6 +53,7 @@ class Runner:
         self._decoder = decoder
         self._counters = counters
         self._device: torch.device = model.device
+        self.costs = Costs(self._device, counters)
         self._shape = KVShape.of(model)
         self._rows: RowCache[Sequence] = RowCache(self._shape, max_len, max_rows, max_tokens)
         self.prefix = prefix
@@ -78,15 +81,14 @@ class Runner:
         state, active = chunk.state, chunk.active
         if state.embeds is not None:
             return
-        started = time.monotonic()
-        try:
+        if state.role == "own":
             self._embed(state, active, chunk.start)
+            return
+        try:
+            with self.costs.timed(active.book_shift):
+                self._embed(state, active, chunk.start)
         except Exception as error:  # boundary: pictures of the pair fall under on_error
-            if state.role == "own":
-                raise
             raise ShiftFailedError(f"the {state.role} prompt cannot be embedded") from error
-        if state.role != "own":
-            active.shift_s += time.monotonic() - started
 
     def arrange(self, rows: Seq[Sequence]) -> list[Sequence]:
         """Make room for every row's next token; the rows in the order in which `run` takes them."""
@@ -97,38 +99,64 @@ class Runner:
             self._deltas = self._steering_table(order)
         return order
 
-    def run(self, chunks: Seq[PrefillChunk], rows: Seq[Sequence]) -> Tensor:
+    def run(
+        self,
+        chunks: Seq[PrefillChunk],
+        rows: Seq[Sequence],
+        probes: Seq[ActiveRequest] = (),
+    ) -> Tensor:
         """Run a step; logits (F + B, V) float32: of the own prompts that end here, in the chunks'
         order, then of every row. `rows`: all, as `arrange` returned them, or none.
 
         A request that measures its shift here has it in `delta` afterwards, and in `doses` what it
-        came to; both may hold what is no number.
+        came to; both may hold what is no number. So may the `projection` of those in `probes`,
+        whose own prompts' last tokens run once more, unsteered.
         """
-        started = time.monotonic()
-        batch = self._batch(chunks, rows)
-        num_tokens = len(rows) + sum(chunk.end - chunk.start for chunk in chunks)
+        with self.costs.timed(lambda seconds: self.costs.book_pass(chunks, rows, probes, seconds)):
+            batch = self._batch(chunks, rows, probes)
+            output = self._checked(batch)
+            self._take(batch, output, chunks, probes)
+            hidden = output.hidden
+            # Nothing to look at when no prompt has ended and no row runs.
+            logits = self._decoder.logits(hidden) if len(hidden) else hidden
+        self.costs.book_injection(chunks, rows, output)
+        return logits
+
+    def _checked(self, batch: Batch) -> Output:
         output = self._decoder.run(batch)
         if output.fired != self._decoder.num_layers * output.forwards:
             raise SteeringFaultError(
                 f"steering had its turn {output.fired} times in {output.forwards} passes over "
                 f"{self._decoder.num_layers} layers"
             )
+        return output
+
+    def _take(
+        self,
+        batch: Batch,
+        output: Output,
+        chunks: Seq[PrefillChunk],
+        probes: Seq[ActiveRequest],
+    ) -> None:
+        """What a pass has measured, and the keys and values that it has computed."""
         for index, (delta, doses) in output.shifts.items():
-            chunks[index].active.delta, chunks[index].active.doses = delta, doses
+            active, shift = chunks[index].active, batch.chunks[index].shift
+            active.delta, active.doses = delta, doses
+            if active.request.probe and shift is not None:
+                text, corrupted = output.states[shift.text_only], output.states[shift.corrupted]
+                active.reference = Reference(text, corrupted - text)
+        for number, active in enumerate(probes, start=len(chunks)):
+            assert active.reference is not None
+            active.projection = shift_projection(output.states[number], active.reference)
         for chunk in chunks:
             self._keep(chunk)
-        hidden = output.hidden
-        # Nothing to look at when no prompt has ended and no row runs.
-        logits = self._decoder.logits(hidden) if len(hidden) else hidden
-        self._account(chunks, rows, output, (time.monotonic() - started) / num_tokens)
-        return logits
 
     def join(self, active: ActiveRequest) -> None:
         """Copy a prefilled prompt into a row for each of its sequences."""
         assert active.own.cache is not None
         for row in active.sequences:
             self._rows.join(row, active.own.cache)
-        active.release()
+        active.release(keeps_last=active.is_probed)
 
     def leave(self, row: Sequence, is_clean: bool) -> None:
         """Free a row; not clean: its states are not numbers."""
@@ -141,10 +169,8 @@ class Runner:
         end = len(state.prompt)
 
         def encode(image: ImageInput) -> Tensor:
-            started = time.monotonic()
-            encoded = encode_image(self._model, image)
-            self._counters.vision_encode_s.observe(time.monotonic() - started)
-            return encoded
+            with self.costs.timed(self._counters.vision_encode_s.observe):
+                return encode_image(self._model, image)
 
         features = {
             image.digest: self.vision.features(image, namespace, encode)
@@ -153,34 +179,48 @@ class Runner:
         state.embeds = embed(self._model, state.prompt, features, start, end)[0]
         state.embeds_start = start
 
-    def _batch(self, chunks: Seq[PrefillChunk], rows: Seq[Sequence]) -> Batch:
+    def _batch(
+        self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], probes: Seq[ActiveRequest]
+    ) -> Batch:
         at = {id(chunk.state): number for number, chunk in enumerate(chunks)}
+        parts = [self._chunk(chunk, at) for chunk in chunks]
         return Batch(
-            chunks=tuple(self._chunk(chunk, at) for chunk in chunks),
+            chunks=(*parts, *(self._probe(active) for active in probes)),
             slabs=self._row_tokens() if rows else (),
             deltas=self._deltas if rows else None,
         )
 
     def _chunk(self, chunk: PrefillChunk, at: dict[int, int]) -> Chunk:
         """`at`: the index in the batch of each prompt's chunk."""
-        active, state = chunk.active, chunk.state
+        active = chunk.active
+        part = self._part(chunk.state, chunk.start, chunk.end)
+        if not chunk.is_last:
+            return part
+        if chunk.state.role != "own":
+            return replace(part, wants_states=active.request.probe)
+        if not active.measures_shift:
+            return replace(part, delta=active.delta, wants_hidden=True)
+        corrupted, text_only, _ = (at[id(prompt)] for prompt in active.prompts)
+        shift = Shift(active.request.plan, corrupted, text_only)
+        return replace(part, shift=shift, wants_hidden=True)
+
+    def _probe(self, active: ActiveRequest) -> Chunk:
+        """The own prompt's last token, on its own cache: what lies before it was never steered."""
+        length = active.prompt_len
+        return replace(self._part(active.own, length - 1, length), wants_states=True)
+
+    def _part(self, state: PromptState, start: int, end: int) -> Chunk:
+        """Tokens of a prompt, not steered."""
         assert state.cache is not None and state.embeds is not None
         offset = state.embeds_start
-        is_end = chunk.is_last and state.role == "own"
-        shift = None
-        if is_end and active.measures_shift:
-            corrupted, text_only, _ = (at[id(prompt)] for prompt in active.prompts)
-            shift = Shift(active.request.plan, corrupted, text_only)
         return Chunk(
-            embeds=state.embeds[chunk.start - offset : chunk.end - offset],
-            positions=state.prompt.position_ids[:, chunk.start : chunk.end].to(self._device),
+            embeds=state.embeds[start - offset : end - offset],
+            positions=state.prompt.position_ids[:, start:end].to(self._device),
             cache=state.cache,
-            start=chunk.start,
-            end=chunk.end,
-            delta=active.delta if is_end and shift is None else None,
-            shift=shift,
+            start=start,
+            end=end,
             pictures=bidirectional_blocks(self._family, self._model, state.prompt),
-            wants_hidden=is_end,
+            wants_hidden=False,
         )
 
     def _row_tokens(self) -> tuple[Rows, ...]:
@@ -220,16 +260,3 @@ class Runner:
         state = chunk.state
         assert state.cache is not None
         self.prefix.store(state.blocks, state.cache.kv, chunk.end)
-
-    def _account(
-        self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], output: Output, token_s: float
-    ) -> None:
-        """Book the pass's costs on the requests that were in it."""
-        for chunk in chunks:
-            num_tokens = chunk.end - chunk.start
-            self._counters.prefill_tokens[chunk.state.asker] += num_tokens
-            if chunk.state.role != "own":
-                chunk.active.shift_s += token_s * num_tokens
-        actives = [chunk.active for chunk in chunks] + [row.active for row in rows]
-        for active in {id(active): active for active in actives}.values():
-            active.inject_s += output.inject_s

@@ -1,5 +1,6 @@
 """The mutable state of requests and sequences inside the engine; owned by the engine thread."""
 
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from server.engine.types import (
     ChoiceFinished,
     EngineError,
     EngineRequest,
+    Finished,
     FinishReason,
     Prompt,
+    RequestTimings,
     SamplingParams,
     TextEvent,
     TokenLogprob,
@@ -115,6 +118,11 @@ class PromptState:
         """Let go of everything that takes memory."""
         self.cache = self.embeds = None
 
+    def keep_last(self) -> None:
+        """Of what was embedded, keep the last token alone."""
+        assert self.embeds is not None
+        self.embeds, self.embeds_start = self.embeds[-1:].clone(), len(self.prompt) - 1
+
 
 @dataclass(eq=False)
 class ActiveRequest:
@@ -133,12 +141,14 @@ class ActiveRequest:
     first_token_at: float | None = None
     inject_s: float = 0.0
     shift_s: float = 0.0
+    projection: "Tensor | None" = None  # () float32, once it was probed
     sequences: list[Sequence] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.own = PromptState(self.request.inputs.prompt, "own")
         self.prompts = [self.own]
         self.delta = self.request.delta
+        self.reference = self.request.reference
         self.doses: Tensor | None = None
         plan, pair = self.request.plan, self.request.inputs.pair
         if plan.is_active and plan.mode == "sample":
@@ -170,10 +180,42 @@ class ActiveRequest:
         self.prompts, self.delta, self.doses = [self.own], None, None
         self.own.num_done = self.own.num_cached
 
-    def release(self) -> None:
-        """Let go of everything that takes memory."""
+    def book_shift(self, seconds: float) -> None:
+        self.shift_s += seconds
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether its prompt's last token, once it has its rows, runs once more, unsteered."""
+        return self.request.probe and self.reference is not None
+
+    def release(self, keeps_last: bool = False) -> None:
+        """Let go of everything that takes memory, but for what it takes to run the own prompt's
+        last token again."""
         for state in self.prompts:
-            state.release()
+            if keeps_last and state is self.own:
+                state.keep_last()
+            else:
+                state.release()
+
+    def finished(self) -> Finished:
+        """Its last event, now."""
+        assert self.started_at is not None and self.first_token_at is not None
+        timings = RequestTimings(
+            queue_s=self.started_at - self.accepted_at,
+            prefill_s=self.first_token_at - self.started_at,
+            time_to_first_token_s=self.first_token_at - self.accepted_at,
+            e2e_s=time.monotonic() - self.accepted_at,
+            inject_s=self.inject_s,
+            shift_s=self.shift_s,
+        )
+        projection = math.nan if self.projection is None else float(self.projection)
+        return Finished(
+            prompt_tokens=self.prompt_len,
+            completion_tokens=sum(len(row.token_ids) for row in self.sequences),
+            timings=timings,
+            cached_tokens=self.own.num_cached,
+            projection=projection if math.isfinite(projection) else None,
+        )
 
     @property
     def prompt_len(self) -> int:

@@ -66,8 +66,9 @@ class EngineStats:
     """Since the start of the engine, but for what a cache holds now. Times in seconds.
 
     inter_token_s: gaps between the tokens of one sequence. step_s: by what a step ran, `decode`
-    (rows only), `prefill` (prompts only) or `mixed`. vision_encode_s: of pictures that no cache
-    had. prefill_tokens: computed, by whose they were, `own` (requests' own prompts), `shift`
+    (rows only), `prefill` (prompts only) or `mixed`; on a GPU a step in which no prompt ends waits
+    for nothing, and the next one shows its time. vision_encode_s: of pictures that no cache had.
+    prefill_tokens: computed, by whose they were, `own` (requests' own prompts), `shift`
     (the sample level's pairs) or `probe` (last tokens run again to see how shifted they are).
     prefix: by whose prompt it was, `own` or `shift`, bytes only in `own`. failures: passes that
     broke and were run apart, and requests that failed before or after theirs, `steps`; steering
@@ -104,6 +105,12 @@ class Counters:
         self.generated_tokens = 0
         self.failures: dict[FailureCount, int] = {"steps": 0, "hooks": 0}
         self.is_canary_passed: bool | None = None
+
+    def token_made(self, since: float | None, now: float) -> None:
+        """Of one sequence, whose token before came at `since` (monotonic); None for its first."""
+        if since is not None:
+            self.inter_token_s.observe(now - since)
+        self.generated_tokens += 1
 
     def snapshot(self, prefix: Mapping[Asker, CacheUse], vision: CacheUse) -> EngineStats:
         return EngineStats(

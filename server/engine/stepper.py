@@ -25,7 +25,6 @@ from server.engine.types import (
     Failed,
     FailureKind,
     Finished,
-    RequestTimings,
     SteeringApplied,
 )
 from steering.errors import SteeringError
@@ -57,6 +56,7 @@ class Stepper:
         self._eos = eos
         self._on_end = on_end
         self._accepted: dict[str, ActiveRequest] = {}  # all that owe a terminal event
+        self._probes: list[ActiveRequest] = []  # whose last tokens the next step runs once more
 
     @property
     def is_idle(self) -> bool:
@@ -90,13 +90,17 @@ class Stepper:
         rows = self.runner.arrange(self._scheduler.rows)
         budget = self._pacer.budget(len(rows), self._scheduler.num_waiting)
         chunks = self._embedded(self._scheduler.schedule(budget))
-        ended, logits = self._run(chunks, rows)
+        probes, self._probes = self._probes, []
+        ended, logits = self._run(chunks, rows, probes)
+        for active in probes:
+            active.release()
         self._apply(logits[len(ended) :], rows)
         for active, row_logits in zip(ended, logits, strict=False):
             self._begin_decoding(active, row_logits)
         num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
         step_s = time.monotonic() - started
-        self._pacer.observe(step_s, num_prefilled, len(rows))
+        if chunks or not probes:  # else it would take a probe's cost for the rows'
+            self._pacer.observe(step_s, num_prefilled, len(rows))
         if chunks or rows:
             kind: StepKind = "decode" if not chunks else "mixed" if rows else "prefill"
             self._counters.step_s[kind].observe(step_s)
@@ -130,21 +134,24 @@ class Stepper:
         return [chunk for chunk in chunks if chunk.state.embeds is not None]
 
     def _run(
-        self, chunks: list[PrefillChunk], rows: list[Sequence]
+        self, chunks: list[PrefillChunk], rows: list[Sequence], probes: list[ActiveRequest]
     ) -> tuple[list[ActiveRequest], Tensor]:
         """Run the step: requests whose prefill ends with it, and logits of these, then the rows.
 
-        Where all together fail, each request's prompts and the rows run by themselves, so that one
-        request cannot end the others.
+        Where all together fail, they run without the probes; where that fails, each request's
+        prompts and the rows run by themselves, so that one request cannot end the others.
         """
         if not chunks and not rows:
             return [], torch.empty(0, 0)
         try:
-            return _ended(chunks), self.runner.run(chunks, rows)
+            return _ended(chunks), self.runner.run(chunks, rows, probes)
         except SteeringFaultError:
             raise
         except Exception:  # boundary: as said above
             self._count_failure()
+            if probes:
+                logger.exception("a step with probes failed; it runs without them")
+                return self._run(chunks, rows, [])
             if not chunks:
                 raise
             logger.exception("a step failed; its requests run apart")
@@ -198,6 +205,8 @@ class Stepper:
             return
         active.first_token_at = time.monotonic()
         self._apply(logits.expand(active.num_rows, -1), active.sequences)
+        if active.is_probed and active.request.request_id in self._accepted:
+            self._probes.append(active)
 
     def _shift_failed(self, active: ActiveRequest, message: str) -> None:
         """The sample level cannot be had for this request: refuse it, or go on without."""
@@ -214,11 +223,13 @@ class Stepper:
         sane = torch.isfinite(logits.amax(dim=-1)).tolist()
         chosen = sample(logits, rows)
         details = logprobs(logits, rows, chosen, self._tokenizer)
+        now = time.monotonic()
         for row, is_sane, token_id, detail in zip(rows, sane, chosen, details, strict=True):
             if row.active.request.request_id not in self._accepted:
                 continue  # it failed with a sibling
             if is_sane:
-                self._count_token(row)
+                self._counters.token_made(row.last_token_at, now)
+                row.last_token_at = now
                 row.append(token_id, detail, self._eos)
                 continue
             self._count_failure()
@@ -231,14 +242,6 @@ class Stepper:
             if active.is_finished:
                 self._finish(active)
 
-    def _count_token(self, row: Sequence) -> None:
-        """A choice's first token has no gap before it."""
-        now = time.monotonic()
-        if row.last_token_at is not None:
-            self._counters.inter_token_s.observe(now - row.last_token_at)
-        row.last_token_at = now
-        self._counters.generated_tokens += 1
-
     def _count_failure(self) -> None:
         self._counters.failures["steps"] += 1
 
@@ -249,19 +252,8 @@ class Stepper:
             self.runner.leave(row, is_clean)
 
     def _finish(self, active: ActiveRequest) -> None:
-        now = time.monotonic()
-        assert active.started_at is not None and active.first_token_at is not None
-        timings = RequestTimings(
-            queue_s=active.started_at - active.accepted_at,
-            prefill_s=active.first_token_at - active.started_at,
-            time_to_first_token_s=active.first_token_at - active.accepted_at,
-            e2e_s=now - active.accepted_at,
-            inject_s=active.inject_s,
-            shift_s=active.shift_s,
-        )
-        completion = sum(len(row.token_ids) for row in active.sequences)
-        cached = active.own.num_cached
-        self._end(active, Finished(active.prompt_len, completion, timings, cached))
+        self.runner.costs.settle()
+        self._end(active, active.finished())
 
     def _fail(
         self, active: ActiveRequest, kind: FailureKind, message: str, is_clean: bool = True
@@ -277,6 +269,8 @@ class Stepper:
         if self._accepted.pop(active.request.request_id, None) is None:
             return
         active.release()
+        if active in self._probes:
+            self._probes.remove(active)
         self._on_end()
         active.request.emit(event)
 

@@ -13,6 +13,8 @@ from steering.plan import SteeringPlan
 if TYPE_CHECKING:
     import torch
 
+    from steering.projection import Reference
+
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal["cancelled", "timeout", "draining", "engine"]
 OnError = Literal["reject", "serve-unsteered"]
@@ -140,7 +142,9 @@ class EngineRequest:
     already multiplied in; None when the plan is not active or is of mode `sample`, where the
     engine measures it from `inputs.pair`. `on_error` says what happens when that fails.
     `namespace` (a tenant) separates what the caches hold. `request_id` is unique. `emit` is called
-    on the engine thread with each event and must neither block nor raise.
+    on the engine thread with each event and must neither block nor raise. `probe` asks how far
+    the prompt lies from text, measured against `reference`, in mode `sample` against its own pair;
+    where there is neither, or its answer ends at its first token, it is not told.
     """
 
     request_id: str
@@ -152,6 +156,8 @@ class EngineRequest:
     timeout_s: float = math.inf
     namespace: str = ""
     on_error: OnError = "reject"
+    probe: bool = False
+    reference: "Reference | None" = None
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def shift_vectors(seed: int = 0, **changes: Any) -> ShiftVectors:
         "basis": normal(3, 2, 8),
         "singular_values": normal(3, 2).abs(),
         "refusal_direction": normal(3, 8),
+        "text_mean": normal(3, 8),
     }
     return ShiftVectors(**values | changes)
 

@@ -97,6 +97,12 @@ def test_the_refusal_direction_is_harmful_minus_harmless_text(
     assert_close(vectors.refusal_direction, text[1::2].mean(dim=0) - text[::2].mean(dim=0))
 
 
+def test_the_text_mean_is_that_of_all_prompts_without_the_image(
+    vectors: ShiftVectors, states: Callable[[bool], Tensor]
+) -> None:
+    assert_close(vectors.text_mean, states(False).mean(dim=0))
+
+
 def test_the_basis_holds_the_leading_eigenvectors_of_the_uncentred_shifts(
     vectors: ShiftVectors, states: Callable[[bool], Tensor]
 ) -> None:
@@ -120,7 +126,8 @@ def test_the_batch_size_does_not_show(
     other = extract(
         loaded(tiny_model), ANCHORS, image_size=SIZE, batch_size=batch_size, basis_rank=2
     )
-    for name in ("mean", "hidden_norm", "consistency", "refusal_direction", "singular_values"):
+    singles = ("mean", "hidden_norm", "consistency", "singular_values")
+    for name in (*singles, "refusal_direction", "text_mean"):
         assert_close(getattr(other, name), getattr(vectors, name))
 
 
@@ -189,7 +196,7 @@ def test_without_a_rank_there_is_no_basis_and_with_one_label_no_refusal_directio
     one_label = AnchorSet("one", (ANCHORS.anchors[1], ANCHORS.anchors[3]))
     vectors = extract(loaded(tiny_llava), one_label)
     assert (vectors.basis, vectors.singular_values) == (None, None)
-    assert vectors.refusal_direction is None
+    assert vectors.refusal_direction is None and vectors.text_mean is not None
 
 
 def test_settings_that_cannot_be_are_refused(tiny_llava: TinyModel) -> None:

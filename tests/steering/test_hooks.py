@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steering.hooks import Injection, record, steer, subtract_at
 from steering.layers import decoder_layers
+from steering.stopwatch import ClockStopwatch, Seconds
 from tests.steering.samples import AddingModel
 from tests.tiny_models import TinyModel
 
@@ -164,9 +165,30 @@ def test_the_injector_counts_the_hooks_that_fired_with_and_without_an_injection(
         model(HIDDEN)
         injector.injection = Injection(deltas(), token=0)
         model(HIDDEN)
-        fired, inject_s = injector.take()
-        assert (fired, inject_s > 0) == (6, True)
-        assert injector.take() == (0, 0.0)
+        fired, injected = injector.take()
+        seconds = injected.seconds()
+        assert fired == 6 and seconds is not None and seconds > 0
+        assert injector.take() == (0, Seconds(0.0))
+
+
+def test_subtractions_are_timed_by_the_stopwatch_that_is_given() -> None:
+    """Once a layer, and not where there is nothing to subtract."""
+    calls: list[str] = []
+
+    class Noting(ClockStopwatch):
+        def start(self) -> None:
+            calls.append("start")
+
+        def stop(self) -> None:
+            calls.append("stop")
+
+    model = AddingModel(CONSTANTS)
+    with steer(model.layers, Noting()) as injector:
+        model(HIDDEN)
+        assert calls == []
+        injector.injection = Injection(deltas(), token=0)
+        model(HIDDEN)
+    assert calls == ["start", "stop"] * len(model.layers)
 
 
 def test_subtracting_returns_a_new_tensor() -> None:

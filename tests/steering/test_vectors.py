@@ -20,6 +20,7 @@ TENSORS = (
     "basis",
     "singular_values",
     "refusal_direction",
+    "text_mean",
 )
 
 
@@ -47,9 +48,18 @@ def test_a_file_comes_back_with_every_tensor_and_the_manifest(tmp_path: Path) ->
 
 
 def test_the_optional_tensors_may_be_left_out() -> None:
-    vectors = shift_vectors(basis=None, singular_values=None, refusal_direction=None)
+    names = ("basis", "singular_values", "refusal_direction", "text_mean")
+    vectors = shift_vectors(**dict.fromkeys(names))
     loaded = ShiftVectors.from_bytes(vectors.to_bytes())
-    assert (loaded.basis, loaded.singular_values, loaded.refusal_direction) == (None, None, None)
+    assert [getattr(loaded, name) for name in names] == [None] * 4
+
+
+def test_prompts_are_measured_against_text_and_the_mean_shift_where_the_set_knows_both() -> None:
+    vectors = shift_vectors()
+    assert vectors.reference is not None and vectors.text_mean is not None
+    assert torch.equal(vectors.reference.text, vectors.text_mean)
+    assert torch.equal(vectors.reference.delta, vectors.mean)
+    assert shift_vectors(text_mean=None).reference is None
 
 
 def test_the_id_is_the_digest_of_the_bytes_and_equal_content_has_equal_bytes() -> None:

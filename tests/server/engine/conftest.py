@@ -35,6 +35,7 @@ from server.engine.types import (
 from steering.corruption import Corruption
 from steering.models import LoadedModel, identity_of
 from steering.plan import Schedule, SteeringPlan
+from steering.projection import Reference
 from tests.tiny_models import BUILDERS, TinyModel
 
 _ids = itertools.count()
@@ -130,6 +131,8 @@ class EngineUnderTest:
         namespace: str = "",
         on_error: OnError = "reject",
         on_event: Callable[[EngineEvent], None] = lambda _event: None,
+        probe: bool = False,
+        reference: Reference | None = None,
         **params: Any,
     ) -> Answer:
         """Submit a request; greedy with the top 5 log-probabilities unless told otherwise.
@@ -154,6 +157,8 @@ class EngineUnderTest:
                 timeout_s=timeout_s,
                 namespace=namespace,
                 on_error=on_error,
+                probe=probe,
+                reference=reference,
             )
         )
         return answer

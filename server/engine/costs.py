@@ -1,0 +1,76 @@
+"""What passes cost, booked on the requests that were in them, once the device tells.
+
+Seconds on a CPU are known at once; those of a GPU when it has come past the work, so they are
+booked some steps later, and nothing ever waits for them. Does not decide what is timed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+
+import torch
+
+from server.engine.batch import Output
+from server.engine.scheduler import PrefillChunk
+from server.engine.sequences import ActiveRequest, Sequence
+from server.engine.stats import Counters
+from steering.stopwatch import Reading, stopwatch_of
+
+
+class Costs:
+    """Engine thread only."""
+
+    def __init__(self, device: torch.device, counters: Counters) -> None:
+        self._device = device
+        self._counters = counters
+        self._unread: deque[tuple[Reading, Callable[[float], None]]] = deque()
+
+    @contextmanager
+    def timed(self, book: Callable[[float], None]) -> Iterator[None]:
+        """Give `book` the seconds that the block took the device; nothing where it raises."""
+        stopwatch = stopwatch_of(self._device)
+        stopwatch.start()
+        yield
+        stopwatch.stop()
+        self.when_known(stopwatch.take(), book)
+
+    def when_known(self, reading: Reading, book: Callable[[float], None]) -> None:
+        self._unread.append((reading, book))
+        self.settle()
+
+    def settle(self) -> None:
+        """Book what is known by now. A request whose newest tokens have been looked at has all of
+        its own: the device has come past them."""
+        while self._unread and (seconds := self._unread[0][0].seconds()) is not None:
+            self._unread.popleft()[1](seconds)
+
+    def book_pass(
+        self,
+        chunks: Seq[PrefillChunk],
+        rows: Seq[Sequence],
+        probes: Seq[ActiveRequest],
+        seconds: float,
+    ) -> None:
+        """The pair's prompts bear their share of the tokens of a pass."""
+        self._counters.prefill_tokens["probe"] += len(probes)
+        num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
+        token_s = seconds / (len(rows) + len(probes) + num_prefilled)
+        for chunk in chunks:
+            num_tokens = chunk.end - chunk.start
+            self._counters.prefill_tokens[chunk.state.asker] += num_tokens
+            if chunk.state.role != "own":
+                chunk.active.book_shift(token_s * num_tokens)
+
+    def book_injection(
+        self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], output: Output
+    ) -> None:
+        """Every request in a pass has waited for all that was subtracted in it."""
+        actives = [chunk.active for chunk in chunks] + [row.active for row in rows]
+        once = {id(active): active for active in actives}.values()
+
+        def book(seconds: float) -> None:
+            for active in once:
+                active.inject_s += seconds
+
+        self.when_known(output.injected, book)
