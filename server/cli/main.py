@@ -3,6 +3,7 @@
 A subcommand imports what is heavy when it runs, so that `--help` and `vectors list` are quick.
 """
 
+import signal
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.core import TyperGroup
 from server.cli.audit import audit
 from server.cli.bench import bench
 from server.cli.demo import demo
+from server.cli.evaluate import evaluate
 from server.cli.extract import extract
 from server.cli.keys import keys
 from server.cli.kill import kill
@@ -53,6 +55,7 @@ app.add_typer(audit, name="audit")
 app.command()(kill)
 app.command()(replicas)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(demo)
 
 
@@ -60,4 +63,7 @@ def run() -> None:
     """The `deshift` command."""
     if sys.argv[1:2] == ["serve"]:
         with_huge_pages()
+        # Until the server handles it: a container's first process is not ended by a signal that
+        # nobody handles.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

@@ -22,9 +22,9 @@ from steering.errors import EvaluationError
 LONGEST_ANSWER_S = 600.0
 _MAX_MESSAGE = 300
 _BUSY = (429, 503)
-# 503s that waiting does not cure: an operator has to.
 _NEVER = (400, 401, 403, 404, 405, 422)
 _OF_ONE_REQUEST = ("context_length_exceeded",)
+# 503s that waiting does not cure: an operator has to.
 _LASTING = ("vectors_unavailable", "shift_unavailable", "steering_killed")
 
 

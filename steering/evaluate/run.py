@@ -184,9 +184,11 @@ def _misapplied(
     if applied is None:
         return "the answer does not say how it was steered"
     is_off = wanted["mode"] == "off" or wanted.get("alpha") == 0
-    expected = {"mode": "off"} if is_off else wanted
+    expected = dict(wanted) if not is_off else {"mode": "off"}
+    if wanted.get("gate", "none") != "none":
+        expected.pop("alpha", None)  # the most that a prompt may get: what it got is the gate's
     for name, value in expected.items():
-        if name in applied and applied[name] != value:
+        if name in applied and (applied[name] or "none") != value:
             reason = f" ({applied.get('reason')})" if applied.get("reason") else ""
             return f"steering.{name} was {applied[name]!r}{reason}, asked for was {value!r}"
     return None
