@@ -32,6 +32,7 @@ from server.routes.models import check_model
 from server.services import Services, services_of
 from server.steered import Overhead, Steered
 from steering.errors import PlanError
+from steering.methods import RowSteering
 from steering.plan import SteeringPlan
 
 log = logging.getLogger("deshift.steering")
