@@ -1,10 +1,14 @@
 """`deshift serve`: the environment's settings, overridden by options, handed to the server."""
 
+import logging
 from typing import Annotated
 
 import typer
 
 from server.cli.options import StoreOption, settings_with
+from server.config import Settings
+
+log = logging.getLogger("deshift")
 
 
 def serve(
@@ -35,6 +39,12 @@ def serve(
         str | None,
         typer.Option(help="What a request may change: none, strengthen or any."),
     ] = None,
+    or_demo: Annotated[
+        bool,
+        typer.Option(
+            "--or-demo", help="Without a model: build the demonstration model and serve it."
+        ),
+    ] = False,
 ) -> None:
     """Serve a model over the OpenAI API.
 
@@ -42,25 +52,38 @@ def serve(
     README has the table). The API key is read from DESHIFT_API_KEY only: a command line is
     visible to other users of the machine.
     """
-    settings = settings_with(
-        {
-            "model": model,
-            "revision": revision,
-            "served_model_name": served_model_name,
-            "dtype": dtype,
-            "device": device,
-            "host": host,
-            "port": port,
-            "max_model_len": max_model_len,
-            "max_rows": max_rows,
-            "store": store,
-            "vector_alias": vector_alias,
-            "steering_mode": steering_mode,
-            "alpha": alpha,
-            "schedule": schedule,
-            "client_override": client_override,
-        }
-    )
+    options: dict[str, object] = {
+        "model": model,
+        "revision": revision,
+        "served_model_name": served_model_name,
+        "dtype": dtype,
+        "device": device,
+        "host": host,
+        "port": port,
+        "max_model_len": max_model_len,
+        "max_rows": max_rows,
+        "store": store,
+        "vector_alias": vector_alias,
+        "steering_mode": steering_mode,
+        "alpha": alpha,
+        "schedule": schedule,
+        "client_override": client_override,
+    }
+    settings = settings_with(options)
+    if or_demo and not settings.model:
+        settings = settings_with({**options, **_demonstration(settings)})
     from server import serve as server
 
     server.serve(settings)
+
+
+def _demonstration(settings: Settings) -> dict[str, object]:
+    from server.demo import setup  # torch: seconds
+    from server.logs import configure_logging
+
+    configure_logging(settings.log_format)
+    log.info(
+        "no model is set: the demonstration model, in %s (half a minute the first time)",
+        settings.cache,
+    )
+    return setup.prepare_for(settings)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,9 @@ from server.documents import DEFAULT_TENANT, PolicyFields
 from server.errors import NoSuchTenantError
 from server.policy import default_fields
 from steering.demo.assemble import assemble
+from steering.errors import ConflictError
 from steering.stores import opened_store
+from steering.stores.base import aliases
 
 ALIAS = "demo"
 
@@ -67,6 +70,39 @@ async def put_back(url: str, policy: PolicyFields, *, by: str) -> None:
             await control.create_tenant(DEFAULT_TENANT, policy, author)
 
 
+def prepare_for(settings: Settings) -> dict[str, object]:
+    """Build or check the model and keep its vectors in the server's own store.
+
+    Returns the settings to serve it by, without those that `settings` was given. Vectors that an
+    operator has pointed the alias to stay. Raises SteeringError as `prepare` does.
+    """
+    model = assemble(settings.cache / "demo-model")
+    chosen = recommended()
+    found: dict[str, object] = {
+        "served_model_name": MODEL_NAME,
+        "vector_alias": ALIAS,
+        "alpha": chosen.alpha,
+        "schedule": chosen.schedule,
+    }
+    wanted = {k: v for k, v in found.items() if k not in settings.model_fields_set}
+    alias = str(wanted.get("vector_alias", settings.vector_alias))
+    asyncio.run(_keep_first(settings.admin_store or settings.store_url, alias))
+    return {"model": str(model.absolute()), **wanted}
+
+
+async def _keep_first(url: str, alias: str) -> None:
+    async with opened_store(url) as store:
+        vector_id = await store.put_vectors(_vectors())
+        if alias in await aliases(store):
+            return
+        with suppress(ConflictError):  # another replica that starts now was faster
+            await activate(store, alias, vector_id, by="deshift serve", reason="shipped vectors")
+
+
+def _vectors() -> bytes:
+    return (resources.files("steering.demo") / "vectors.safetensors").read_bytes()
+
+
 def prepare(cache: Path) -> Mapping[str, str]:
     """Build or check the model, keep and activate its vectors; return the server's variables.
 
@@ -76,8 +112,7 @@ def prepare(cache: Path) -> Mapping[str, str]:
     cache.mkdir(parents=True, exist_ok=True)
     model = assemble(cache / "demo-model")
     url = f"sqlite:///{(cache / 'demo.db').absolute()}"
-    vectors = (resources.files("steering.demo") / "vectors.safetensors").read_bytes()
-    asyncio.run(keep(url, vectors, ALIAS, by="deshift demo"))
+    asyncio.run(keep(url, _vectors(), ALIAS, by="deshift demo"))
     chosen = recommended()
     variables = {
         "DESHIFT_CACHE": str(cache.absolute()),

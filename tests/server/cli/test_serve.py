@@ -1,7 +1,10 @@
 """`deshift serve`: which settings reach the server."""
 
+from pathlib import Path
+
 import pytest
 
+import server.demo.setup
 import server.serve
 from server.config import Settings
 from tests.server.cli.conftest import Deshift
@@ -79,3 +82,43 @@ def test_a_setting_that_cannot_be_is_one_line_and_nothing_is_served(
 def test_a_misspelt_option_is_a_usage_error(deshift: Deshift, served: list[Settings]) -> None:
     assert deshift("serve", "--alhpa", "1").exit_code == 2
     assert served == []
+
+
+@pytest.fixture
+def assembled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the demonstration model would be; nothing is downloaded."""
+    monkeypatch.setenv("DESHIFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(server.demo.setup, "assemble", lambda directory: directory)
+    return tmp_path / "demo-model"
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+def test_or_demo_without_a_model_serves_the_demonstration_at_its_own_strength(
+    deshift: Deshift,
+    served: list[Settings],
+    assembled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unset: str | None,
+) -> None:
+    """Empty is unset: compose files pass a variable on so."""
+    if unset is not None:
+        monkeypatch.setenv("DESHIFT_MODEL", unset)
+    result = deshift("serve", "--or-demo", "--max-rows", "3")
+    assert result.exit_code == 0, result.stderr
+    chosen = server.demo.setup.recommended()
+    (settings,) = served
+    assert settings.model == str(assembled)
+    assert (settings.alpha, settings.schedule) == (chosen.alpha, chosen.schedule)
+    assert (settings.vector_alias, settings.max_rows) == ("demo", 3)
+
+
+def test_or_demo_leaves_what_was_decided(
+    deshift: Deshift, served: list[Settings], assembled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DESHIFT_ALPHA", "0.05")
+    assert deshift("serve", "--or-demo", "--vector-alias", "mine").exit_code == 0
+    assert deshift("serve", "--or-demo", "--model", "some/model").exit_code == 0
+    demonstration, other = served
+    assert (demonstration.alpha, demonstration.vector_alias) == (0.05, "mine")
+    assert demonstration.model == str(assembled)
+    assert (other.model, other.vector_alias) == ("some/model", "default")
