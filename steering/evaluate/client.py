@@ -14,7 +14,7 @@ from tenacity import (
     RetryCallState,
     retry_if_exception,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_random_exponential,
 )
 
 from steering.errors import EvaluationError
@@ -54,7 +54,8 @@ class Unreachable(EvaluationError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How often one chat is sent before its error counts, and the first wait, which doubles."""
+    """How often one chat is sent before its error counts, and the longest first wait, which
+    doubles; waits are drawn at random below these, and are no shorter than the server asks for."""
 
     attempts: int = 8
     first_wait_s: float = 0.5
@@ -181,9 +182,7 @@ def _is_passing(error: BaseException) -> bool:
 
 def _wait_s(state: RetryCallState, patience: Patience) -> float:
     """Growing and scattered, and no less than the server asks for."""
-    growing = wait_exponential_jitter(
-        initial=patience.first_wait_s, max=patience.longest_wait_s, jitter=patience.first_wait_s
-    )
+    growing = wait_random_exponential(multiplier=patience.first_wait_s, max=patience.longest_wait_s)
     error = state.outcome.exception() if state.outcome else None
     asked = error.wait_s if isinstance(error, Refused) and error.wait_s else 0.0
     return max(growing(state), min(asked, patience.longest_wait_s))

@@ -95,10 +95,10 @@ class Evaluation:
             "checkpoint": self.checkpoint,
             "vectors": _vectors(server),
             "sampling": asdict(self.sampling),
-            "conditions": conditions,
             "suites": suites,
             "photos": {"num": len(self.photos.images), "digest": self.photos.digest},
             "anchors": {"name": anchors.name, "digest": anchors.digest},
+            "conditions": conditions,
         }
 
 

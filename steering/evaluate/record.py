@@ -193,7 +193,7 @@ def _as_read(value: Mapping[str, Any]) -> Any:
 def _differences(there: Any, here: Any, path: str) -> Iterator[str]:
     """`sampling.max_tokens is 32 there and 64 here`, one for each value that differs."""
     if isinstance(there, dict) and isinstance(here, dict):
-        for name in there.keys() | here.keys():
+        for name in dict.fromkeys([*there, *here]):  # in the order of the file
             below = f"{path}.{name}" if path else name
             yield from _differences(there.get(name), here.get(name), below)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
