@@ -142,6 +142,13 @@ class Settings(BaseModel):
         description="Cap of alpha * |Delta| / |h| at every layer, since models babble beyond it: "
         "dataset refuses more, sample scales it down.",
     )
+    probe_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of the requests with pictures whose last prompt token runs once more, "
+        "unsteered, to show how far the prompt lies from text.",
+    )
 
     cache: Path = Field(
         Path("~/.cache/deshift"), description="Directory of the store and assembled models."

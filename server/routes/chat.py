@@ -25,6 +25,7 @@ from server.generation import ClientLeftError, Generation, until_left
 from server.media import decode_images
 from server.middleware import body_share_of, principal_of
 from server.policy import Policy, decide, unsteerable
+from server.probes import is_probed, reference_of
 from server.prompts import prepared
 from server.protocol import ChatCompletionRequest, parse_chat
 from server.record import RequestRecord, record_of
@@ -70,6 +71,8 @@ async def create_chat_completion(request: Request) -> Response:
         timeout_s=deadline - time.monotonic(),
         namespace=policy.tenant,
         on_error=policy.on_error,
+        probe=is_probed(services.settings.probe_share, record.has_images),
+        reference=reference_of(services.vectors.active(policy.vector_alias)),
     )
     head = _head(wire, engine_request)
     steered = Steered(plan, steering.max_dose, _overhead_so_far(record))
