@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from steering.corruption import CORRUPTIONS
 from steering.errors import EvaluationError, PlanError
-from steering.plan import Schedule
+from steering.plan import Gate, Method, Schedule
 
 PictureUse = Literal["own", "none", "caption", "blank", "noise"]
 OFF: Mapping[str, Any] = {"mode": "off"}
@@ -25,9 +25,9 @@ _FIXED: dict[str, tuple[PictureUse, Mapping[str, Any] | None]] = {
     "served": ("own", None),
 }
 _STEERED = ("dataset", "sample")
-METHODS = ("subtract", "project", "safety-projected")
-STRENGTHS = ("fixed", "gated")
-FIELDS = ("alpha", "schedule", "corruption", "method", "strength")
+_CHOICES = {"corruption": CORRUPTIONS, "method": get_args(Method)}
+_PARSED = {"schedule": Schedule.parse, "gate": Gate.parse}
+FIELDS = ("alpha", *_PARSED, *_CHOICES)
 TABLE = "conditions.json"  # beside the demonstration model, whose strengths these are
 
 
@@ -109,7 +109,6 @@ def readme_table() -> list[Condition]:
 
 def _value(where: str, field: str, text: str) -> object:
     """A field's value as the wire has it; its bounds are the server's to check."""
-    choices = {"corruption": CORRUPTIONS, "method": METHODS, "strength": STRENGTHS}
     if field == "alpha":
         try:
             alpha = float(text)
@@ -118,15 +117,15 @@ def _value(where: str, field: str, text: str) -> object:
         if not 0 <= alpha < float("inf"):
             raise EvaluationError(f"{where}: alpha {text!r} is not a number >= 0")
         return alpha
-    if field == "schedule":
+    if field in _PARSED:
         try:
-            return str(Schedule.parse(text))
+            return str(_PARSED[field](text) or "none")
         except PlanError as error:
             raise EvaluationError(f"{where}: {error}") from None
-    if field not in choices:
+    if field not in _CHOICES:
         raise EvaluationError(f"{where}: {field!r} is not one of: {', '.join(FIELDS)}")
-    if text not in choices[field]:
+    if text not in _CHOICES[field]:
         raise EvaluationError(
-            f"{where}: {field} {text!r} is not one of: {', '.join(choices[field])}"
+            f"{where}: {field} {text!r} is not one of: {', '.join(_CHOICES[field])}"
         )
     return text

@@ -43,7 +43,9 @@ def test_vlsafes_own_pictures_are_used_where_they_lie_beside_it(tmp_path: Path) 
     image = picture(tmp_path / "images" / "7.jpg")
     assert items("vlsafe", path)[0].image == image
     image.unlink()
-    with pytest.raises(EvaluationError, match=r"eval\.jsonl, line 1: field 'image_id' names 7\.jpg"):
+    with pytest.raises(
+        EvaluationError, match=r"eval\.jsonl, line 1: field 'image_id' names 7\.jpg"
+    ):
         items("vlsafe", path)
 
 
@@ -208,7 +210,7 @@ def test_a_broken_json_line_is_an_error_with_its_place_and_not_its_content(
     assert f"{path}, {words}" in str(error.value) and "secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["{}", "not JSON", '[1]', "[" * 100_000])
+@pytest.mark.parametrize("text", ["{}", "not JSON", "[1]", "[" * 100_000])
 def test_a_broken_json_file_is_an_error(text: str, tmp_path: Path) -> None:
     path = tmp_path / "alpaca.json"
     path.write_text(text)

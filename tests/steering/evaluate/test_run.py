@@ -96,6 +96,8 @@ def content(out: Path) -> list[dict[str, Any]]:
     """The lines of answers.jsonl in a fixed order, without what the clock decides."""
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     for row in rows:
+        for clocked in ("overhead_ms", "shift_ms"):
+            (row["steering"] or {}).pop(clocked, None)
         del row["seconds"]
     return sorted(rows, key=lambda row: (row["condition"], row["suite"], row["id"]))
 
@@ -193,13 +195,14 @@ async def test_a_killed_run_resumes_and_is_the_same_as_one_that_was_not(tmp_path
         with pytest.raises(asyncio.CancelledError):
             await running
         path = tmp_path / "killed" / "answers.jsonl"
-        assert len(path.read_text().splitlines()) == 17
+        num_known = len(path.read_text().splitlines()) - 1
+        assert 16 <= num_known < 24  # others were under way beside the seventeenth
         path.write_bytes(path.read_bytes()[:-20])  # torn in its last line
-        assert len(RunDir(tmp_path / "killed").answers()) == 16
+        assert len(RunDir(tmp_path / "killed").answers()) == num_known
         engine.requests.clear()
         tally = await asked(evaluation, deshift, tmp_path / "killed", resume=True)
-    assert tally == Tally(num_asked=48, num_known=16, num_errors=0)
-    assert len(engine.requests) == len(CONDITIONS) + 48 - 16  # the check before, and what is left
+    assert tally == Tally(num_asked=48, num_known=num_known, num_errors=0)
+    assert len(engine.requests) == len(CONDITIONS) + 48 - num_known  # a check before what is left
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     whole, killed = (
         json.loads((tmp_path / n / "run.json").read_text()) for n in ("whole", "killed")
