@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from server.cli.main import app
 from server.config import PREFIX, Settings
+from server.metrics.catalogue import RequestFamilies, StateFamilies
 
 ALL = {
     *("serve", "extract", "vectors", "tenants", "keys", "policy", "audit", "kill", "replicas"),
@@ -26,6 +27,21 @@ def settings_table() -> str:
         meaning = (field.description or "").replace("|", "\\|").replace("<", "&lt;")
         rows.append(f"| `{PREFIX}{name.upper()}` | {_default(field.default)} | {meaning} |")
     return "\n".join(rows)
+
+
+def metrics_table() -> str:
+    rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for family in (*RequestFamilies(""), *StateFamilies("")):
+        labels = ", ".join(family.labels)
+        meaning = family.help_text.replace("|", "\\|")
+        rows.append(f"| `{family.name}` | {family.kind} | {labels} | {meaning} |")
+    return "\n".join(rows)
+
+
+def test_the_metrics_table_is_what_is_declared() -> None:
+    found = re.search(r"<!-- metrics:.*?-->\n(.*)<!-- end of metrics -->", README, re.DOTALL)
+    assert found, "the README has no metrics table"
+    assert found.group(1).strip() == metrics_table(), f"write instead:\n\n{metrics_table()}\n"
 
 
 def _default(value: Any) -> str:

@@ -13,7 +13,7 @@ OVERHEAD_S = (
     *(1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 5.0),
 )
 RATIO = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-PROJECTION = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+PROJECTION = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 DOSE = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 SHORT_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 LATENCY_S = (
@@ -129,7 +129,7 @@ class RequestFamilies(Declared):
         self.projection = self._histogram(
             "steering_shift_projection",
             "How far a prompt with pictures lies from text, unsteered, where it was probed: 0 like "
-            "text, 1 as far as a picture without content moves it.",
+            "text (or beyond it), 1 as far as a picture without content moves it.",
             "tenant",
             bounds=PROJECTION,
         )

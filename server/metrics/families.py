@@ -33,7 +33,7 @@ def number_text(value: float) -> str:
 class Family:
     """One metric: its name, and what its text begins with. Event loop only.
 
-    constant: labels that every series has, as text `a="b"`, or nothing.
+    constant: the labels that every series has, as text `a="b"`.
     """
 
     kind: Kind
@@ -57,11 +57,10 @@ class Family:
         """Drop every series that has this value of the label."""
         raise NotImplementedError
 
-    def _prefix(self, suffix: str, values: Labels, more: str = "") -> str:
-        """`name{labels} `, to which a value is put."""
+    def _text_of(self, values: Labels) -> str:
+        """`a="b",c="d"`, the constant labels first."""
         own = [f'{k}="{escaped(v)}"' for k, v in zip(self.labels, values, strict=True)]
-        inner = ",".join(filter(None, (self._constant, *own, more)))
-        return f"{self.name}{suffix}{{{inner}}} "
+        return ",".join((self._constant, *own))
 
 
 class Numbers(Family):
@@ -92,7 +91,8 @@ class Numbers(Family):
         for labels, value in self._values.items():
             prefix = self._prefixes.get(labels)
             if prefix is None:
-                prefix = self._prefixes[labels] = self._prefix("", labels)
+                prefix = f"{self.name}{{{self._text_of(labels)}}} "
+                self._prefixes[labels] = prefix
             yield f"{prefix}{number_text(value)}\n"
 
     def forget(self, label: str, value: str) -> None:
@@ -144,10 +144,7 @@ class Histograms(Family):
             for index, (prefix, num) in enumerate(zip(buckets, found.counts, strict=True)):
                 so_far += num
                 yield f"{prefix}{so_far}{exemplars.get(index, '')}\n"
-            # A sum that may fall is no counter: OpenMetrics has none beside negative bounds.
-            if found.bounds[0] >= 0:
-                yield f"{total}{number_text(found.total)}\n"
-            yield f"{count}{so_far}\n"
+            yield f"{total}{number_text(found.total)}\n{count}{so_far}\n"
 
     def forget(self, label: str, value: str) -> None:
         if label in self.labels:
@@ -158,6 +155,8 @@ class Histograms(Family):
                 self._prefixes.pop(labels, None)
 
     def _histogram_prefixes(self, labels: Labels, bounds: tuple[float, ...]) -> tuple[str, ...]:
-        les = [number_text(bound) for bound in (*bounds, math.inf)]
-        buckets = [self._prefix("_bucket", labels, f'le="{le}"') for le in les]
-        return (*buckets, self._prefix("_sum", labels), self._prefix("_count", labels))
+        text, name = self._text_of(labels), self.name
+        buckets = [
+            f'{name}_bucket{{{text},le="{number_text(bound)}"}} ' for bound in (*bounds, math.inf)
+        ]
+        return (*buckets, f"{name}_sum{{{text}}} ", f"{name}_count{{{text}}} ")

@@ -72,7 +72,8 @@ class RequestMetrics:
         families.prompt_tokens.inc(tenant, by=record.prompt_tokens)
         families.generation_tokens.inc(tenant, by=record.completion_tokens)
         if record.projection is not None:
-            families.projection.observe(record.projection, tenant)
+            # A sum that falls would be no sum of a histogram to Prometheus.
+            families.projection.observe(max(0.0, record.projection), tenant)
         if record.steered is not None:
             self._steered(record.steered, timings, (tenant, mode), e2e_s, request_id)
 
