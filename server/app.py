@@ -7,9 +7,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -29,6 +30,7 @@ from server.metrics.metrics import Metrics, process_registry
 from server.metrics.tenants import TenantLabels
 from server.middleware import Auth, BodyLimit, LoopbackHost, RateLimits, RequestContext
 from server.policy import default_fields
+from server.record import Observer
 from server.routes import chat, models, status
 from server.services import BodyBudget, Services
 from server.sync import Sync
@@ -38,6 +40,9 @@ from server.vectors import VectorCatalogue
 from steering.errors import PlanError, StoreError
 from steering.plan import Schedule
 from steering.stores import Store, open_store
+
+if TYPE_CHECKING:
+    from server.tracing import RequestTracer
 
 log = logging.getLogger("deshift")
 START_WAIT_S = 3.0  # for the store; then the server starts without it, as `cold_start` says
@@ -52,6 +57,7 @@ def create_app(
     `engine` is started and drained by the lifespan, whoever built it; `store` is closed by it
     only if it was opened here. With `admin_store` set, operators' changes go there.
     """
+    open_tracer = tracing(settings)  # first: a missing extra costs no loaded model
     opened: list[Store] = []
 
     def open_own(url: str) -> Store:
@@ -61,6 +67,7 @@ def create_app(
     store = store or open_own(settings.store_url)
     writable = store if settings.admin_store is None else open_own(settings.admin_store)
     services = build_services(settings, engine or build_engine(settings), store, writable)
+    tracer = None if open_tracer is None else open_tracer(settings, services.model_name)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,6 +78,8 @@ def create_app(
             for each in opened:
                 with suppress(StoreError):  # a lost one, too, has let go of what it held
                     await each.close()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
@@ -92,6 +101,20 @@ def create_app(
         observers.insert(0, tracer.observe)  # the trace's id stands in the log line
     app.add_middleware(RequestContext, in_flight=services.in_flight, observers=observers)
     return app
+
+
+def tracing(settings: Settings) -> "Callable[[Settings, str], RequestTracer] | None":
+    """What opens the tracer, where one is wanted. Raises ConfigError without the extra."""
+    if settings.tracing == "off":
+        return None
+    try:
+        from server.tracing import open_tracer
+    except ImportError as error:
+        raise ConfigError(
+            f"{PREFIX}TRACING is otlp and OpenTelemetry is not installed ({error.name}): "
+            "install deshift[otel]"
+        ) from None
+    return open_tracer
 
 
 def build_engine(settings: Settings) -> Engine:

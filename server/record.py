@@ -34,7 +34,8 @@ class RequestRecord:
     cut. status: HTTP's; 0 until one was sent, 499 when the client left. failure: why an answer
     that had begun did not end as it should (its status is 200). steered: None until the plan is
     fixed. timings: the engine's, None unless the request finished. projection: see
-    `Finished.projection`. received_at: the wall time of `started`.
+    `Finished.projection`. received_at: the wall time of `started`. stage_starts: when each stage
+    began first. trace_id: of the trace that is exported, None where none is.
     """
 
     request_id: str
@@ -50,22 +51,25 @@ class RequestRecord:
     cached_tokens: int = 0
     steered: Steered | None = None
     stages: dict[Stage, float] = field(default_factory=dict)
+    stage_starts: dict[Stage, float] = field(default_factory=dict)
     submitted_at: float | None = None
     ended_at: float | None = None
     timings: RequestTimings | None = None
     projection: float | None = None
     traceparent: str | None = None
+    trace_id: str | None = None
     started: float = field(default_factory=time.monotonic)
     received_at: float = field(default_factory=time.time)
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
         """Adds what the block takes to a stage, whatever becomes of it."""
-        started = time.perf_counter()
+        started = time.monotonic()
+        self.stage_starts.setdefault(stage, started)
         try:
             yield
         finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - started
+            self.stages[stage] = self.stages.get(stage, 0.0) + time.monotonic() - started
 
     @property
     def tenant(self) -> str | None:

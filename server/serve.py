@@ -31,7 +31,7 @@ def serve(settings: Settings) -> None:
 
     Raises ServerError, EngineError or SteeringError when it cannot start; the command words it.
     """
-    configure_logging()
+    configure_logging(settings.log_format)
     # First: a taken port costs no loaded model.
     with listening_socket(settings) as sock, admin_socket(settings) as for_operators:
         asyncio.run(run(create_app(settings), sock, for_operators))

@@ -126,11 +126,17 @@ def test_only_known_packages_are_imported() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     declared = {
         requirement.split(">")[0].split("[")[0].replace("-", "_")
-        for requirement in project["dependencies"]
+        for requirement in project["dependencies"] + extras["eval"] + extras["otel"]
     }
-    renamed = {"pillow": "PIL", "accelerate": "accelerate"}
+    renamed = {
+        "pillow": "PIL",
+        "accelerate": "accelerate",
+        "opentelemetry_sdk": "opentelemetry",
+        "python_json_logger": "pythonjsonlogger",
+    }
     known = {renamed.get(name, name) for name in declared} | set(PACKAGES) | sys.stdlib_module_names
     # starlette is FastAPI's base, typing_extensions pydantic's; huggingface_hub is transformers'.
     known |= {"starlette", "huggingface_hub", "typing_extensions"}
