@@ -57,7 +57,12 @@ class EngineResponse(Response):
                 self._record.timings = event.timings
                 self._record.projection = event.projection
             case SteeringApplied(failure=str(failure)):
-                log.warning("request_id=%s unsteered: %a", self._record.request_id, failure)
+                log.warning(
+                    "request_id=%s unsteered: %a",
+                    self._record.request_id,
+                    failure,
+                    extra=self._record.ids,
+                )
 
 
 class WholeResponse(EngineResponse):

@@ -161,6 +161,7 @@ def steering_fields(record: RequestRecord) -> dict[str, str | float | int]:
     plan = record.steered.plan
     fields: dict[str, str | float | int | None] = {
         "mode": plan.mode if plan.is_active else "off",
+        "method": plan.method if plan.is_active else None,
         "alpha": plan.alpha if plan.is_active else 0.0,
         "vector": plan.vector_id if plan.is_active else None,
         "corruption": plan.corruption_in_force,

@@ -89,7 +89,7 @@ class RequestContext:
         except (ClientDisconnect, ClientLeftError):  # while the body came, or later
             record.status = CLIENT_LEFT_STATUS
         except Exception as error:  # the outermost boundary
-            log.exception("request_id=%s failed", record.request_id)
+            log.exception("request_id=%s failed", record.request_id, extra=record.ids)
             if record.status:
                 record.failure = record.failure or "internal"
             else:

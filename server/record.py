@@ -76,6 +76,11 @@ class RequestRecord:
         return None if self.principal is None else self.principal.tenant
 
     @property
+    def ids(self) -> dict[str, str]:
+        """`extra` of log records about this request: fields of their own in JSON."""
+        return {"request_id": self.request_id}
+
+    @property
     def is_chat(self) -> bool:
         return (self.method, self.path) == CHAT
 

@@ -58,7 +58,11 @@ async def create_chat_completion(request: Request) -> Response:
             services, wire, plan, policy.on_error, record, request.receive
         )
     if plan.reason == "shift-failed":  # why is not logged: templates put conversations into errors
-        log.warning("request_id=%s unsteered: its shift cannot be measured", record.request_id)
+        log.warning(
+            "request_id=%s unsteered: its shift cannot be measured",
+            record.request_id,
+            extra=record.ids,
+        )
     body_share_of(request.scope).release()
     generation = Generation(services.engine, services.bridge)
     engine_request = EngineRequest(

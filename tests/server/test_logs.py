@@ -123,6 +123,7 @@ def test_the_line_of_a_request_as_json_is_exactly_this() -> None:
         "projection": 0.5,
         "steering": {
             "mode": "dataset",
+            "method": "subtract",
             "alpha": 0.37,
             "vector": VECTOR,
             "revision": 12,
@@ -237,6 +238,19 @@ def test_no_key_prompt_answer_or_picture_is_in_the_log_of_a_run(
         assert [line["status"] for line in ended] == [200, 400, 401, 200, 500]
         assert ended[3]["failure"] == "engine" and "failure" not in ended[0]
         assert "tenant" not in ended[2] and ended[0]["key"] == "settings"
+
+
+def test_an_error_of_ours_carries_the_request_s_id_as_a_field(
+    client: TestClient, fake_engine: FakeEngine, written: Callable[[logging.Formatter], Lines]
+) -> None:
+    fake_engine.prepare_error = RuntimeError("broken\nin two")
+    lines = written(JsonLines())
+    answer = client.post(PATH, json=chat_body())
+    assert answer.status_code == 500
+    told = [json.loads(text) for text in lines.texts]
+    (failed,) = [line for line in told if line.get("exception")]
+    assert failed["request_id"] == answer.headers["x-request-id"]
+    assert failed["exception"].endswith("RuntimeError: broken\nin two")
 
 
 @pytest.fixture(scope="module")

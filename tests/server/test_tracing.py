@@ -192,6 +192,7 @@ def test_the_root_says_what_was_asked_answered_and_subtracted(
         "gen_ai.usage.output_tokens": 7,
         "gen_ai.usage.cache_read.input_tokens": 64,
         "deshift.steering.mode": "dataset",
+        "deshift.steering.method": "subtract",
         "deshift.steering.alpha": 0.37,
         "deshift.steering.vector": VECTOR,
         "deshift.steering.revision": 12,
