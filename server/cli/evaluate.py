@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # what they import takes seconds
     from steering.evaluate.run import Tally
 
 _SERVED = "eval-server"
+_EXTRA = ("matplotlib", "scipy", "tenacity")
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def evaluate(
     The same seed gives the same prompts, and a larger --num the same ones first. Answers are
     greedy.
     """
+    _check_installed()
     place = _Place(url, demo, serve, tuple(_pairs(setting, "--setting")), dtype, logs)
     place.check()
     api_key = _api_key(api_key_env)
@@ -278,6 +281,13 @@ def _say_errors(folder: "RunDir", tally: "Tally") -> None:
     typer.echo(f"{tally.num_asked} requests, {total} of them ended in an error", err=True)
     for error, number in errors.most_common(5):
         typer.echo(f"  {number} x {error}", err=True)
+
+
+def _check_installed() -> None:
+    """Raises EvaluationError, naming the extra that has what is missing."""
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EvaluationError(f"{', '.join(missing)} missing: pip install 'deshift[eval]'")
 
 
 def _skips(values: Sequence[str] | None) -> dict[str, int]:

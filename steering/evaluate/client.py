@@ -73,7 +73,7 @@ class Reply:
 @dataclass(frozen=True)
 class Server:
     """model: the name that requests use. is_deshift: it steers and says so. listed, ready: what
-    /v1/models and /ready say; the latter None for others."""
+    /v1/models and /ready say; the latter None where only others answer it."""
 
     url: str
     model: str
@@ -119,9 +119,10 @@ async def connect(client: httpx.AsyncClient, model: str | None) -> Server:
     name = model or next(iter(by_name))
     if by_name and name not in by_name:
         raise EvaluationError(f"{url} has no model {name!r}, but {', '.join(by_name)}")
-    state = _object(ready)
-    is_deshift = "steering" in state and "engine" in state
-    return Server(url, name, is_deshift, by_name.get(name, {}), state if is_deshift else None)
+    entry, state = by_name.get(name, {}), _object(ready)
+    says_ready = "steering" in state and "engine" in state  # a proxy may hide it
+    is_deshift = says_ready or entry.get("owned_by") == "deshift"
+    return Server(url, name, is_deshift, entry, state if says_ready else None)
 
 
 async def ask(client: httpx.AsyncClient, body: Mapping[str, Any], patience: Patience) -> Reply:

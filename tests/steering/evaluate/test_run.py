@@ -415,6 +415,16 @@ async def test_another_server_is_asked_in_plain_openai() -> None:
         await connect(asker.client, "ours")
 
 
+async def test_our_server_is_known_behind_a_proxy_that_hides_its_status() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny", "owned_by": "deshift"}]})
+        return httpx.Response(404)
+
+    server = await connect(other_server(answer).client, None)
+    assert (server.is_deshift, server.ready) == (True, None)
+
+
 async def test_nobody_there_a_wrong_key_and_no_models_are_told_apart() -> None:
     def gone(_: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
