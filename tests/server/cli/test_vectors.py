@@ -89,6 +89,7 @@ def test_show_prints_provenance_and_the_shift_of_each_layer(filled: Deshift, nam
     assert result.exit_code == 0
     for said in (ONE.id, "a" * 64, "b" * 64, "c" * 64, "d" * 64, "blank, 336x336", "torch 2"):
         assert said in result.stdout
+    assert "basis, refusal_direction, text_mean" in result.stdout
     rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if "│" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["0", "5.000", "10.000", "0.5000", "0.750"],
