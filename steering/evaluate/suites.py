@@ -5,6 +5,7 @@ Deals no photographs (pictures.py).
 """
 
 import hashlib
+import importlib
 import io
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,8 +96,8 @@ def read_suites(
 
 def hub_rows(place: str) -> Iterator[dict[str, Any]]:
     """The rows of `ORG/DATASET[/SPLIT]`. Raises EvaluationError."""
-    try:
-        from datasets import load_dataset
+    try:  # not among what we install: most read files
+        load_dataset = importlib.import_module("datasets").load_dataset
     except ImportError:
         raise EvaluationError(
             f"{HUB}{place}: reading a hub needs the package `datasets`: install it, or download "
