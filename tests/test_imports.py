@@ -28,6 +28,7 @@ WIRING = {
     "server.engine.runner": ("server.engine", "server.app", "server.serve", "server.cli"),
     "server.bench": ("server.bench", "server.cli"),
     "server.demo": ("server.demo", "server.bench", "server.cli"),
+    "prometheus_client": ("server.metrics",),
     "server.routes": ("server.routes", "server.app", "server.admin.app"),
 }
 

@@ -144,7 +144,7 @@ class Histograms(Family):
             for index, (prefix, num) in enumerate(zip(buckets, found.counts, strict=True)):
                 so_far += num
                 yield f"{prefix}{so_far}{exemplars.get(index, '')}\n"
-            yield f"{total}{number_text(found.total)}\n{count}{so_far}\n"
+            yield f"{count}{so_far}\n{total}{number_text(found.total)}\n"
 
     def forget(self, label: str, value: str) -> None:
         if label in self.labels:
