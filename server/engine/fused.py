@@ -13,7 +13,6 @@ heads are not expanded, and it looks no further than the longest row), norms 2 /
 0.2 / 0.3, and the calls from Python.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from server.engine.attention import Queries, attend_chunk, attend_rows, queries_
 from server.engine.batch import Batch, Chunk, Output
 from server.engine.cache import Slab
 from server.engine.linear import Linear
+from server.engine.memory import leave_file
 from steering.layers import decoder_layers, text_config
 from steering.methods import SampleShift
 from steering.stopwatch import Stopwatch, stopwatch_of
@@ -85,7 +85,7 @@ class FusedDecoder:
         self._norm = _Norm(decoder.norm)
         self._head = Linear([head])
         self.num_layers = len(self._layers)
-        _leave_file(model)
+        leave_file(model)
 
     def run(self, batch: Batch) -> Output:
         return self._run(batch, None)
@@ -129,17 +129,6 @@ class FusedDecoder:
         cos, sin = cos[0][:, None], sin[0][:, None].clone()
         sin[..., : sin.shape[-1] // 2].neg_()
         return cos, sin
-
-
-def _leave_file(model: Any) -> None:
-    """Give what is left of the model's weights memory of its own.
-
-    They are read through a mapping of the checkpoint's file, all of which would stay in memory as
-    long as one tensor looks into it: the packed weights would be held twice.
-    """
-    if model.device.type == "cpu":
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
-            tensor.data = tensor.data.clone()
 
 
 class _Packing:
