@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import importlib.util
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,34 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from server.errors import ServerError
-from steering.errors import EvaluationError
+from server.cli.evaluate_options import (
+    Place,
+    check_installed,
+    evaluation_of,
+    pairs,
+    skips_of,
+    started,
+)
+from server.cli.judging import (
+    JudgeKeyEnvOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    check_judge,
+    judge_and_report,
+    key_from,
+)
 
 if TYPE_CHECKING:  # what they import takes seconds
     from steering.evaluate.evaluation import Evaluation
     from steering.evaluate.record import Answer, RunDir
     from steering.evaluate.run import Tally
-
-_SERVED = "eval-server"
-_EXTRA = ("matplotlib", "scipy", "tenacity")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Which server: a URL, or one that is started here with settings of its own."""
-
-    url: str | None
-    demo: bool
-    serve: Path | None
-    settings: tuple[tuple[str, str], ...]
-    dtype: str
-    logs: Path
-
-    def check(self) -> None:
-        if sum((self.url is not None, self.demo, self.serve is not None)) != 1:
-            raise EvaluationError("which server? Give one of --url, --demo and --serve")
-        if self.url is not None and self.settings:
-            raise EvaluationError("--setting is for a server that is started here, not for --url")
 
 
 def evaluate(
@@ -114,6 +105,13 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in RUN_DIR.")
     ] = False,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judge_key_env: JudgeKeyEnvOption = None,
+    only_judge: Annotated[
+        bool,
+        typer.Option("--only-judge", help="Ask no server; judge what RUN_DIR holds, and report."),
+    ] = False,
     logs: Annotated[Path, typer.Option(help="Directory for a started server's log.")] = Path(
         ".deshift/eval"
     ),
@@ -129,18 +127,22 @@ def evaluate(
     The same seed gives the same prompts, and a larger --num the same ones first. Answers are
     greedy.
     """
-    _check_installed()
-    place = _Place(url, demo, serve, tuple(_pairs(setting, "--setting")), dtype, logs)
+    check_installed()
+    check_judge(judge_url, judge_model, judge_key_env)
+    if only_judge:
+        judge_and_report(out, judge_url, judge_model, judge_key_env)
+        return
+    place = Place(url, demo, serve, tuple(pairs(setting, "--setting")), dtype, logs)
     place.check()
-    api_key = _api_key(api_key_env)
-    evaluation = _evaluation(
-        suite or [], condition or [], conditions_set, photos, num, _skips(skip), seed, max_tokens
+    api_key = key_from(api_key_env, "--api-key-env")
+    evaluation = evaluation_of(
+        suite or [], condition or [], conditions_set, photos, num, skips_of(skip), seed, max_tokens
     )
     from steering.evaluate.record import RunDir
 
     folder = RunDir(out)
     with contextlib.ExitStack() as stack:
-        address, checkpoint = _started(stack, place, evaluation, concurrency)
+        address, checkpoint = started(stack, place, evaluation, concurrency)
         evaluation = replace(evaluation, checkpoint=checkpoint)
         start = {"suites": suite, "photos": evaluation.photos.source, "concurrency": concurrency}
         try:
@@ -151,6 +153,7 @@ def evaluate(
             typer.echo(f"stopped; what was answered is in {out}: go on with --resume", err=True)
             raise typer.Exit(130) from None
     _say_errors(folder, tally)
+    judge_and_report(out, judge_url, judge_model, judge_key_env)
 
 
 async def _ask(
@@ -210,70 +213,6 @@ def _progress(bar: Any) -> "Callable[[Answer], None]":
     return done
 
 
-def _evaluation(
-    suites: Sequence[str],
-    conditions: Sequence[str],
-    conditions_set: str | None,
-    folder: Path | None,
-    num: int | None,
-    skips: Mapping[str, int],
-    seed: int,
-    max_tokens: int,
-) -> "Evaluation":
-    """Everything that can be wrong before a server is started is found here."""
-    from steering.evaluate import conditions as known
-    from steering.evaluate.evaluation import Evaluation, Sampling
-    from steering.evaluate.pictures import check, photos
-    from steering.evaluate.suites import read_suites
-
-    if conditions_set not in (None, "table"):
-        raise EvaluationError(f"--conditions-set {conditions_set!r}: there is `table` only")
-    chosen = known.parse_all(conditions, table=conditions_set == "table")
-    if not suites:
-        raise EvaluationError("nothing to ask: give --suite")
-    found = read_suites(suites, num, seed, lambda name: skips.get(name, skips.get("", 0)))
-    names = [each.name for each in found]
-    if unknown := skips.keys() - {"", *names}:
-        raise EvaluationError(f"--skip names no suite of this run: {', '.join(sorted(unknown))}")
-    check([item for each in found for item in each.items])
-    for each in found:
-        if num is not None and len(each.items) < num:
-            typer.echo(f"{each.name}: {len(each.items)} prompts, fewer than --num {num}", err=True)
-    pictures = photos(folder)
-    dealt = tuple(pictures.dealt(each, seed) for each in found)
-    evaluation = Evaluation(dealt, tuple(chosen), pictures, Sampling(max_tokens, seed))
-    evaluation.asked()
-    return evaluation
-
-
-def _started(
-    stack: contextlib.ExitStack, place: _Place, evaluation: "Evaluation", concurrency: int
-) -> tuple[str, str | None]:
-    """The URL, and what a server that is started here serves. Raises ServerError."""
-    if place.url is not None:
-        return place.url, None
-    from server.bench import machine, servers
-    from server.bench.target import BenchError
-    from server.config import PREFIX
-    from server.process import ChildError
-
-    try:
-        checkpoint = servers.checkpoint(place.serve, place.demo, None)
-        assert checkpoint is not None
-        env = {f"{PREFIX}MAX_ROWS": str(concurrency)}
-        if all(condition.name != "served" for condition in evaluation.conditions):
-            # Every request says how it is to be steered, so that none needs a policy's vectors.
-            env[f"{PREFIX}STEERING_MODE"] = "off"
-        env |= checkpoint.env
-        env |= {f"{PREFIX}{name.upper()}": value for name, value in place.settings}
-        typer.echo(f"Starting the server (its log: {place.logs / _SERVED}.log)", err=True)
-        served = servers.deshift_serve(_SERVED, checkpoint.model, place.logs, place.dtype, env)
-        target = stack.enter_context(served)
-    except (BenchError, ChildError) as error:
-        raise ServerError(str(error)) from None
-    return target.url, machine.checkpoint_digest(checkpoint.model)
-
-
 def _say_errors(folder: "RunDir", tally: "Tally") -> None:
     """How many answers there are; each kind of error once, with its number."""
     errors = Counter(answer.error for answer in folder.answers() if answer.error is not None)
@@ -281,38 +220,3 @@ def _say_errors(folder: "RunDir", tally: "Tally") -> None:
     typer.echo(f"{tally.num_asked} requests, {total} of them ended in an error", err=True)
     for error, number in errors.most_common(5):
         typer.echo(f"  {number} x {error}", err=True)
-
-
-def _check_installed() -> None:
-    """Raises EvaluationError, naming the extra that has what is missing."""
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EvaluationError(f"{', '.join(missing)} missing: pip install 'deshift[eval]'")
-
-
-def _skips(values: Sequence[str] | None) -> dict[str, int]:
-    """By suite; the empty name: of all others."""
-    found = {}
-    for value in values or ():
-        name, _, number = value.rpartition("=")
-        if not number.isdecimal():
-            raise EvaluationError(f"--skip {value!r}: write N or NAME=N")
-        found[name] = int(number)
-    return found
-
-
-def _pairs(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
-    pairs = [value.partition("=") for value in values or ()]
-    for name, equals, value in pairs:
-        if not (name and equals and value):
-            raise EvaluationError(f"{option} {name!r}: write NAME=VALUE")
-    return [(name, value) for name, _, value in pairs]
-
-
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "")
-    if not key:
-        raise EvaluationError(f"--api-key-env {variable}: no such environment variable, or empty")
-    return key

@@ -83,9 +83,17 @@ class Server:
 
 
 def http_client(url: str, api_key: str | None, concurrency: int) -> httpx.AsyncClient:
-    """A client of that server; `url` with or without /v1."""
+    """A client of that server; `url` with or without /v1. Raises EvaluationError."""
+    try:
+        base = httpx.URL(url.rstrip("/").removesuffix("/v1"))
+    except httpx.InvalidURL:
+        base = httpx.URL()
+    if base.scheme not in ("http", "https") or not base.host or base.userinfo:
+        raise EvaluationError(
+            "--url must be http(s)://HOST[:PORT], without credentials in it (see --api-key-env)"
+        )
     return httpx.AsyncClient(
-        base_url=url.rstrip("/").removesuffix("/v1"),
+        base_url=base,
         headers={"authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(LONGEST_ANSWER_S, connect=10.0),
         limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
@@ -102,7 +110,7 @@ async def connect(client: httpx.AsyncClient, model: str | None) -> Server:
     try:
         response = await client.get("/v1/models")
         ready = await client.get("/ready")
-    except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+    except httpx.RequestError as error:
         problem = str(error) or type(error).__name__
         raise Unreachable(f"no server answers at {url}: {problem}") from None
     if response.status_code in (401, 403):
@@ -145,7 +153,7 @@ async def _ask_once(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply
         response = await client.post("/v1/chat/completions", json=body)
     except httpx.ReadTimeout:
         raise Refused(408, "read_timeout", f"no answer in {LONGEST_ANSWER_S:g} s", None) from None
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         problem = str(error) or type(error).__name__
         raise Unreachable(f"no server answers at {client.base_url}: {problem}") from None
     seconds = time.monotonic() - start

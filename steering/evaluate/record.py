@@ -89,11 +89,14 @@ class RunDir:
 
     def items(self) -> list[Item]:
         """As they were asked, each with its picture. Raises EvaluationError, naming the line."""
-        return [self._item(row) for row in read_jsonl(self.path / "items.jsonl")]
+        return [self._item(row) for row in self._item_rows()]
+
+    def _item_rows(self) -> Iterator[Row]:
+        return read_jsonl(self.path / "items.jsonl")
 
     def answers(self) -> list[Answer]:
-        """The last line of each. A torn last line is none. Raises EvaluationError, naming the
-        line that is no answer."""
+        """The last line of each, in the order of conditions, suites and prompts.
+        A torn last line is none. Raises EvaluationError, naming the line that is no answer."""
         path = self.path / "answers.jsonl"
         if not path.exists():
             return []
@@ -105,7 +108,22 @@ class RunDir:
             except (TypeError, ValueError):
                 raise EvaluationError(f"{path}, line {number}: not an answer") from None
             found[answer.key] = answer
-        return list(found.values())
+        return self._in_order(found)
+
+    def _in_order(self, found: Mapping[Key, Answer]) -> list[Answer]:
+        """As run.json and items.jsonl have it; what neither names comes last."""
+        if not found:
+            return []
+        named = [condition["name"] for condition in self.settings().get("conditions", ())]
+        conditions = {name: place for place, name in enumerate(named)}
+        rows = enumerate(self._item_rows())
+        items = {(row.text("suite"), row.text("id")): place for place, row in rows}
+
+        def place(answer: Answer) -> tuple[int, int]:
+            item = items.get((answer.suite, answer.id), len(items))
+            return conditions.get(answer.condition, len(conditions)), item
+
+        return sorted(found.values(), key=place)
 
     @contextmanager
     def appending(self) -> Iterator[Callable[[Answer], None]]:

@@ -1,0 +1,128 @@
+"""What `deshift eval` is asked for: its options -> an evaluation, and the server it is about."""
+
+import contextlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from server.errors import ServerError
+from steering.errors import EvaluationError
+
+if TYPE_CHECKING:  # what it imports takes seconds
+    from steering.evaluate.evaluation import Evaluation
+
+_SERVED = "eval-server"
+_EXTRA = ("matplotlib", "scipy", "tenacity")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which server: a URL, or one that is started here with settings of its own."""
+
+    url: str | None
+    demo: bool
+    serve: Path | None
+    settings: tuple[tuple[str, str], ...]
+    dtype: str
+    logs: Path
+
+    def check(self) -> None:
+        if sum((self.url is not None, self.demo, self.serve is not None)) != 1:
+            raise EvaluationError("which server? Give one of --url, --demo and --serve")
+        if self.url is not None and self.settings:
+            raise EvaluationError("--setting is for a server that is started here, not for --url")
+
+
+def evaluation_of(
+    suites: Sequence[str],
+    conditions: Sequence[str],
+    conditions_set: str | None,
+    folder: Path | None,
+    num: int | None,
+    skips: Mapping[str, int],
+    seed: int,
+    max_tokens: int,
+) -> "Evaluation":
+    """Everything that can be wrong before a server is started is found here."""
+    from steering.evaluate import conditions as known
+    from steering.evaluate.evaluation import Evaluation, Sampling
+    from steering.evaluate.pictures import check, photos
+    from steering.evaluate.suites import read_suites
+
+    if conditions_set not in (None, "table"):
+        raise EvaluationError(f"--conditions-set {conditions_set!r}: there is `table` only")
+    chosen = known.parse_all(conditions, table=conditions_set == "table")
+    if not suites:
+        raise EvaluationError("nothing to ask: give --suite")
+    found = read_suites(suites, num, seed, lambda name: skips.get(name, skips.get("", 0)))
+    names = [each.name for each in found]
+    if unknown := skips.keys() - {"", *names}:
+        raise EvaluationError(f"--skip names no suite of this run: {', '.join(sorted(unknown))}")
+    check([item for each in found for item in each.items])
+    for each in found:
+        if num is not None and len(each.items) < num:
+            typer.echo(f"{each.name}: {len(each.items)} prompts, fewer than --num {num}", err=True)
+    pictures = photos(folder)
+    dealt = tuple(pictures.dealt(each, seed) for each in found)
+    evaluation = Evaluation(dealt, tuple(chosen), pictures, Sampling(max_tokens, seed))
+    evaluation.asked()
+    return evaluation
+
+
+def started(
+    stack: contextlib.ExitStack, place: Place, evaluation: "Evaluation", concurrency: int
+) -> tuple[str, str | None]:
+    """The URL, and what a server that is started here serves. Raises ServerError."""
+    if place.url is not None:
+        return place.url, None
+    from server.bench import machine, servers
+    from server.bench.target import BenchError
+    from server.config import PREFIX
+    from server.process import ChildError
+
+    try:
+        checkpoint = servers.checkpoint(place.serve, place.demo, None)
+        assert checkpoint is not None
+        env = {f"{PREFIX}MAX_ROWS": str(concurrency)}
+        if all(condition.name != "served" for condition in evaluation.conditions):
+            # Every request says how it is to be steered, so that none needs a policy's vectors.
+            env[f"{PREFIX}STEERING_MODE"] = "off"
+        env |= checkpoint.env
+        env |= {f"{PREFIX}{name.upper()}": value for name, value in place.settings}
+        typer.echo(f"Starting the server (its log: {place.logs / _SERVED}.log)", err=True)
+        served = servers.deshift_serve(_SERVED, checkpoint.model, place.logs, place.dtype, env)
+        target = stack.enter_context(served)
+    except (BenchError, ChildError) as error:
+        raise ServerError(str(error)) from None
+    return target.url, machine.checkpoint_digest(checkpoint.model)
+
+
+def check_installed() -> None:
+    """Raises EvaluationError, naming the extra that has what is missing."""
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EvaluationError(f"{', '.join(missing)} missing: pip install 'deshift[eval]'")
+
+
+def skips_of(values: Sequence[str] | None) -> dict[str, int]:
+    """By suite; the empty name: of all others."""
+    found = {}
+    for value in values or ():
+        name, _, number = value.rpartition("=")
+        if not number.isdecimal():
+            raise EvaluationError(f"--skip {value!r}: write N or NAME=N")
+        found[name] = int(number)
+    return found
+
+
+def pairs(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
+    """NAME=VALUE, several times. Raises EvaluationError."""
+    parts = [value.partition("=") for value in values or ()]
+    for name, equals, value in parts:
+        if not (name and equals and value):
+            raise EvaluationError(f"{option} {name!r}: write NAME=VALUE")
+    return [(name, value) for name, _, value in parts]
