@@ -27,6 +27,7 @@ def vectors() -> ShiftVectors:
         basis=None,
         singular_values=None,
         refusal_direction=None,
+        text_mean=None,
     )
 
 
