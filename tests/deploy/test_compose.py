@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from server.config import Settings
 from server.serve import LAST_BYTES_S
@@ -200,6 +201,17 @@ def test_grafana_lets_nobody_in_without_a_password(services: dict[str, dict[str,
     assert found["GF_SECURITY_ADMIN_PASSWORD"] == SECRETS["GRAFANA_ADMIN_PASSWORD"]
     assert found["GF_AUTH_ANONYMOUS_ENABLED"] == "false"
     assert found["GF_USERS_ALLOW_SIGN_UP"] == "false"
+
+
+def test_grafana_finds_its_dashboards_and_prometheus(services: dict[str, dict[str, Any]]) -> None:
+    mounts = {mount["target"]: mount["source"] for mount in services["grafana"]["volumes"]}
+    provisioning = Path(mounts["/etc/grafana/provisioning"])
+    (provider,) = yaml.safe_load((provisioning / "dashboards/deshift.yml").read_text())["providers"]
+    assert list(Path(mounts[provider["options"]["path"]]).glob("*.json"))
+    sources = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())
+    (source,) = sources["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert set(services["grafana"]["networks"]) <= set(services["prometheus"]["networks"])
 
 
 def test_a_secret_reaches_only_the_services_that_use_it(

@@ -19,7 +19,6 @@ from tests.deploy.test_dockerfile import FINAL, instruction
 from tests.deploy.validators import ROOT, compose_config, validator
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-RULES = ROOT / "deploy" / "prometheus" / "rules"
 # Of the Prometheus Operator; everything else must have a schema.
 WITHOUT_SCHEMA = ["monitoring.coreos.com/v1/ServiceMonitor"]
 
@@ -77,19 +76,6 @@ def test_every_resource_fits_its_schema(built: str, tmp_path: Path) -> None:
     assert validate(path) == (0, WITHOUT_SCHEMA)
     path.write_text(built.replace("terminationGracePeriodSeconds", "terminationGraceSeconds"))
     assert validate(path)[0] != 0  # --strict does see a misspelt field
-
-
-def test_every_manifest_is_listed_and_every_listed_one_exists() -> None:
-    for folder in ("base", "redis", "overlays/example"):
-        path = KUBERNETES / folder
-        kustomization = yaml.safe_load((path / "kustomization.yaml").read_text())
-        listed = kustomization["resources"] + [
-            patch["path"] for patch in kustomization.get("patches", [])
-        ]
-        assert all((path / name).exists() for name in listed)
-        assert {name for name in listed if not name.startswith("..")} == {
-            file.name for file in path.glob("*.yaml") if file.name != "kustomization.yaml"
-        }
 
 
 def test_every_pod_meets_the_restricted_standard_with_a_read_only_root(
@@ -300,19 +286,3 @@ def test_the_metrics_that_are_scraped_and_scaled_by_are_there(resources: Resourc
     assert "num_requests_waiting" in families
     assert scaler["minReplicas"] >= 2  # a disruption that takes one leaves one
     assert "replicas" not in resources["Deployment", "deshift"]["spec"]
-
-
-def test_the_rules_become_prometheus_rules_without_a_second_copy() -> None:
-    done = subprocess.run(
-        ["sh", str(KUBERNETES / "prometheus-rules.sh"), "release=kube-prometheus-stack"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    made = list(yaml.safe_load_all(done.stdout))
-    files = sorted(RULES.glob("*.yml"))
-    assert [each["metadata"]["name"] for each in made] == [f"deshift-{f.stem}" for f in files]
-    for each, file in zip(made, files, strict=True):
-        assert (each["apiVersion"], each["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
-        assert each["metadata"]["labels"]["release"] == "kube-prometheus-stack"
-        assert each["spec"] == yaml.safe_load(file.read_text())
