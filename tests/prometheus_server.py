@@ -96,6 +96,14 @@ class PrometheusServer:
             return [{"metric": {}, "value": data["result"]}]
         return list(data["result"])
 
+    def syntax_problem(self, expression: str) -> str:
+        """Why it cannot be evaluated, empty where it can."""
+        try:
+            self.query(expression)
+        except QueryError as error:
+            return str(error)
+        return ""
+
     def query_range(
         self, expression: str, start: float, end: float, step_s: float = 1.0
     ) -> list[dict[str, Any]]:
