@@ -43,7 +43,10 @@ class Endpoint:
     longest_wait_s: float = 20.0
 
     def __post_init__(self) -> None:
-        url = httpx.URL(self.url)
+        try:
+            url = httpx.URL(self.url)
+        except httpx.InvalidURL:
+            url = httpx.URL()
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
             raise EvaluationError(
                 "the judge's address must be http(s)://HOST[:PORT]/v1, without credentials in it"
@@ -137,7 +140,7 @@ async def _attempt(client: httpx.AsyncClient, endpoint: Endpoint, question: str)
     }
     try:
         response = await client.post(f"{endpoint.url.rstrip('/')}/chat/completions", json=body)
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise _Passing(type(error).__name__) from None
     if response.status_code in _PASSING:
         raise _Passing(f"status {response.status_code}")
