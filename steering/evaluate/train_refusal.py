@@ -48,6 +48,14 @@ OWN_WEIGHT = 0.5
 CUT_WORDS = 24  # about what an answer of 32 tokens holds
 NUM_FOLDS = 5
 SHORT = SHIPPED.parent / "short_answers.jsonl"
+NOTES = (
+    "Features were chosen while looking at these figures, so they are a little too good.",
+    "mistralinstruct alone stays below kappa 0.86: it seldom refuses, and where it does it mostly "
+    "answers that the question's premise is false, which people call a refusal there and an "
+    "answer elsewhere; the two annotators reach kappa 0.92 on it.",
+    "own_short_answers were written by the project, beside the judge: a check of the style, no "
+    "evidence of accuracy.",
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,9 @@ def fit(rows: Sequence[Labelled]) -> RefusalClassifier:
 
 
 def _matrix(rows: Sequence[Labelled]) -> csr_array:
-    values, places, ends = [], [], [0]
+    values: list[float] = []
+    places: list[int] = []
+    ends = [0]
     for row in rows:
         counted = hashed(row.prompt, row.answer)
         places += counted.keys()
@@ -253,6 +263,7 @@ def main() -> None:
         "label": "refused in full or in part, against full compliance; XSTest's final_label",
         **measure_held_out(rows),
         "own_short_answers": measure(short, judged(judge, short)),
+        "notes": NOTES,
     }
     text = json.dumps(document, indent=1)
     (arguments.out / "refusal.json").write_text(text + "\n")
