@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from server.app import create_app
 from server.engine.types import (
     ChoiceFinished,
     EngineEvent,
+    EngineInputs,
     Finished,
     TextEvent,
 )
-from server.record import RequestRecord
+from steering.stores import MemoryStore
+from tests.server.conftest import make_settings
 from tests.server.fakes import (
     PAIR_S,
     SAMPLE_DOSE,
@@ -86,18 +90,28 @@ def test_the_stages_of_the_sample_level_are_told_apart(
     assert prepare is not None and prepare > 0
 
 
+class SlowPairEngine(FakeEngine):
+    """Says that making the two prompts took far longer than it did."""
+
+    def prepare(self, *arguments: Any) -> EngineInputs:
+        inputs = super().prepare(*arguments)
+        return replace(inputs, pair_s=0.0 if inputs.pair is None else 100.0)
+
+
 def test_making_the_two_prompts_is_no_part_of_preparing_the_requests_own(
-    client_for: ClientFor, monkeypatch: pytest.MonkeyPatch
+    store: MemoryStore, scraped: Scraping
 ) -> None:
-    records: list[RequestRecord] = []
-    monkeypatch.setattr("server.app.log_request", records.append)
-    client = client_for(steering_mode="sample")
-    client.post(PATH, json=chat_body(images=1))
-    client.post(PATH, json=chat_body())
-    steered, plain = records
-    assert steered.stages["pair"] == PAIR_S
-    assert steered.stages["prepare"] > 0, "what is left of the whole"
-    assert "pair" not in plain.stages
+    settings = make_settings(steering_mode="sample")
+    with TestClient(create_app(settings, engine=SlowPairEngine(), store=store)) as client:
+        client.headers["host"] = "localhost"
+        for images in (0, 1):
+            assert client.post(PATH, json=chat_body(images=images)).status_code == 200
+        scrape = scraped(client, openmetrics=False)
+    prepare = scrape.value("deshift_prompt_prepare_seconds_sum")
+    assert prepare is not None and -100 < prepare < -50, "what is left of the whole"
+    name = "deshift_steering_stage_seconds_sum"
+    admission = scrape.value(name, mode="sample", stage="admission")
+    assert admission is not None and 100 < admission < 150
 
 
 def test_the_share_is_of_the_whole_time_as_the_client_saw_it(
