@@ -50,7 +50,7 @@ NUM_FOLDS = 5
 SHORT = SHIPPED.parent / "short_answers.jsonl"
 NOTES = (
     "Features were chosen while looking at these figures, so they are a little too good.",
-    "mistralinstruct alone stays below kappa 0.86. It seldom refuses, so that few errors cost much, "
+    "mistralinstruct alone stays below kappa 0.86. It seldom refuses, so few errors cost much, "
     "and its refusals are soft: of those missed in a trial about half deny or condemn what the "
     "question takes for granted, most others answer in part. Its two annotators reach kappa 0.92.",
     "own_short_answers were written by the project, beside the judge: a check of the style, no "
