@@ -121,8 +121,8 @@ def evaluate(
     Each answer is kept as it comes; a run that was interrupted goes on with --resume and the same
     options, and asks again what had ended in an error. What the server did is read from each
     answer: one that was not steered as its condition says counts as an error, not as an answer.
-    RUN_DIR holds run.json (all settings), items.jsonl (the prompts), answers.jsonl, judged.jsonl,
-    report.json and report.html.
+    RUN_DIR holds run.json (all settings), items.jsonl (the prompts), answers.jsonl, judged.jsonl
+    and judges.json.
 
     The same seed gives the same prompts, and a larger --num the same ones first. Answers are
     greedy.

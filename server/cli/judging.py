@@ -1,4 +1,4 @@
-"""The second half of `deshift eval`: a run's answers are judged, summed up and reported."""
+"""The second half of `deshift eval`: a run's answers are judged and summed up."""
 
 import os
 from pathlib import Path
@@ -49,7 +49,7 @@ def check_judge(url: str | None, model: str | None, key_env: str | None) -> None
 
 
 def judge_and_report(out: Path, url: str | None, model: str | None, key_env: str | None) -> None:
-    """Write judged.jsonl, judges.json, report.json and report.html, and print the table.
+    """Write judged.jsonl and judges.json, and print the table.
 
     Raises EvaluationError: no run, or a judge that does not answer; the answers stay.
     """
