@@ -49,6 +49,7 @@ COPY --from=build /opt/deshift /opt/deshift
 
 # Every interface of the container; without DESHIFT_API_KEY the server then refuses to start. The
 # operators' listener stays on the container's loopback until DESHIFT_ADMIN_HOST says otherwise.
+# Progress bars (TQDM) would stand between the log's lines of JSON.
 ENV PATH=/opt/deshift/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -58,6 +59,7 @@ ENV PATH=/opt/deshift/bin:$PATH \
     DESHIFT_PORT=8000 \
     DESHIFT_CACHE=/var/lib/deshift \
     DESHIFT_LOG_FORMAT=json \
+    TQDM_DISABLE=1 \
     HF_HOME=/var/lib/deshift/huggingface \
     XDG_CACHE_HOME=/var/lib/deshift/cache
 USER 10001:10001
