@@ -11,6 +11,7 @@ from rich.table import Table
 
 from server.bench.footprint import Budget, Footprint
 from server.bench.load import Burst
+from server.bench.metrics import Account
 from server.bench.second_turn import SecondTurn
 from server.bench.soak import Soak
 from server.bench.stalls import Stalls
@@ -157,6 +158,26 @@ def toggle_json(result: Toggle) -> dict[str, Any]:
 
     ways = {way: figures(made) for way, made in result.by_way.items()}
     return {"toggle": asdict(result) | {"in_force": ways}}
+
+
+def accounts_table(rows: Sequence[Account], baseline: str) -> Table:
+    table = _table(
+        "What steering costs a chat, ms: as /metrics exports it and answers say it, median "
+        f"(interquartile range);\nthe difference to {baseline} within rounds, median (95 % "
+        "interval); and whether the exported median lies in that of the whole chat",
+        ("streams", "server", "exported", "answers", "TTFT more", "whole more", "within"),
+    )
+    for row in rows:
+        table.add_row(
+            str(row.num_streams),
+            escape(row.target),
+            _spread(row.exported_s, 1000, "{:.2f}"),
+            _spread(row.told_ms, 1, "{:.2f}"),
+            _interval(row.more.time_to_first_token_more_s, 1000, "{:+.1f}"),
+            _interval(row.more.e2e_more_s, 1000, "{:+.1f}"),
+            "yes" if row.agrees else "no",
+        )
+    return table
 
 
 def footprint_table(footprints: Mapping[str, Footprint]) -> Table:

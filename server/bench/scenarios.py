@@ -6,14 +6,14 @@ from typing import Any, Literal, get_args
 
 from rich.table import Table
 
-from server.bench import load, report, second_turn, soak, stalls, toggle
+from server.bench import load, metrics, report, second_turn, soak, stalls, toggle
 from server.bench.fleet import Fleet
 from server.bench.footprint import Budget
 from server.bench.load import Column, Served
 from server.bench.prompts import Prompts
 from server.bench.target import BenchError
 
-Scenario = Literal["throughput", "stalls", "second-turn", "memory", "toggle"]
+Scenario = Literal["throughput", "stalls", "second-turn", "memory", "toggle", "metrics"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 Progress = Callable[[str], None]
 
@@ -97,6 +97,8 @@ async def run(
         failed = sum(row.num_failed for row in turns)
         figures = [asdict(row) for row in turns]
         return Outcome([report.second_turn_table(turns)], {"second_turn": figures}, failed)
+    if scenario == "metrics":
+        return await _metrics(servers, prompts, effort, progress)
     if scenario == "toggle":
         return await _toggle(servers, prompts, effort, progress)
     soaks = await soak.run(
@@ -148,6 +150,30 @@ async def _toggle(
     )
     failed = result.num_failed + result.num_mixed + result.num_behind
     return Outcome(report.toggle_tables(result), report.toggle_json(result), failed)
+
+
+async def _metrics(
+    servers: Sequence[Served], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    columns = [metrics.Scraped(each) for each in servers]
+    bursts = await load.measure(
+        columns,
+        prompts,
+        streams=effort.streams,
+        rounds=effort.rounds,
+        max_tokens=effort.max_tokens,
+        warmup=effort.warmup,
+        pause_s=effort.pause_s,
+        progress=progress,
+    )
+    num_warmups = effort.warmup * len(effort.streams)
+    found = metrics.accounts(columns, bursts, effort.baseline, num_warmups)
+    figures = [asdict(each) | {"agrees": each.agrees} for each in found]
+    return Outcome(
+        [report.accounts_table(found, effort.baseline)],
+        {"metrics": figures},
+        sum(bool(record.error) for burst in bursts for record in burst.records),
+    )
 
 
 async def _throughput(

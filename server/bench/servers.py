@@ -164,14 +164,14 @@ def deshift_serve(
 ) -> Iterator[Target]:
     """This server on a free loopback port, in the environment `env`; its log is `name`'s.
 
-    admin_port: 0 takes any free one, for servers that nobody operates. api_key: what it is to be
-    asked with.
+    admin_port: 0 takes any free one. api_key: what it is to be asked with.
     """
-    port = free_port()
+    port, admin_port = free_port(), admin_port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     log = logs / f"{name.replace(' ', '-')}.log"
     env = {**env, f"{PREFIX}ADMIN_PORT": str(admin_port)}
     with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
-        yield Target(name, url, api_key=api_key, pid=process.pid)
+        admin_url = f"http://127.0.0.1:{admin_port}"
+        yield Target(name, url, api_key=api_key, pid=process.pid, admin_url=admin_url)

@@ -25,6 +25,7 @@ class Target:
     the token count in the stream, `bare` for nothing beyond plain OpenAI. `new_sizes`: every
     photograph has a size that this server has not seen. `pid`: the server's process, 0 where it
     was not started here. `max_choices`: the largest `n` that it is known to take.
+    `admin_url`: of its operators' listener, "" where that is not known.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     new_sizes: bool = False
     pid: int = 0
     max_choices: int = 1
+    admin_url: str = ""
 
     @property
     def headers(self) -> dict[str, str]:

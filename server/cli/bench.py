@@ -98,7 +98,7 @@ def bench(
         typer.Option(help="A server's API key.", metavar="NAME=KEY"),
     ] = None,
     scenario: Annotated[
-        str, typer.Option(help="throughput, stalls, second-turn, memory or toggle.")
+        str, typer.Option(help="throughput, stalls, second-turn, memory, toggle or metrics.")
     ] = "throughput",
     streams: Annotated[
         str | None,
@@ -176,6 +176,9 @@ def bench(
     the console's form in turn, while as many chats as the largest of --streams are under way. How
     soon each change is in force on both replicas, what became of the chats, and what 1,000 tenants
     cost.
+
+    --scenario metrics: what /metrics exports as steering's overhead, read around each burst, beside
+    what the chats took longer than the baseline's of the same round.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     chosen = _scenario(scenario)
