@@ -26,7 +26,7 @@ from server.engine.types import OnError
 from server.errors import ConfigError
 from steering.corruption import Corruption
 from steering.errors import PlanError
-from steering.plan import Mode, Schedule
+from steering.plan import Gate, Method, Mode, Schedule
 
 PREFIX = "DESHIFT_"
 ADMIN_KEY = "DESHIFT_ADMIN_KEY"  # of commands that talk to an admin listener; no setting
@@ -44,6 +44,17 @@ def _schedule(text: str) -> str:
 
 
 ScheduleText = Annotated[str, AfterValidator(_schedule)]
+
+
+def _gate(text: str) -> str:
+    """The normal form of a gate. Raises ValueError."""
+    try:
+        return str(Gate.parse(text) or "none")
+    except PlanError as error:
+        raise ValueError(str(error)) from None
+
+
+GateText = Annotated[str, AfterValidator(_gate)]
 
 
 class Settings(BaseModel):
@@ -119,6 +130,16 @@ class Settings(BaseModel):
     alpha_max: float = Field(2.0, ge=0, description="Largest alpha that any request may get.")
     schedule: ScheduleText = Field(
         "all", description="all, incremental, range:a-b, single:l or incremental:a-b."
+    )
+    method: Method = Field(
+        "subtract",
+        description="subtract takes the shift away, safety-projected its part along the refusal "
+        "direction, project the state's own part in the shifts' subspace (mode dataset only).",
+    )
+    gate: GateText = Field(
+        "none",
+        description="layer:threshold:temperature makes alpha the most that a prompt gets, by how "
+        "harmful its state reads at that layer; none gives every prompt all of it.",
     )
     vector_alias: str = Field("default", min_length=1, description="Name of the vector set.")
     corruption: Corruption = Field(
