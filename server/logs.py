@@ -162,7 +162,8 @@ def steering_fields(record: RequestRecord) -> dict[str, str | float | int]:
     fields: dict[str, str | float | int | None] = {
         "mode": plan.mode if plan.is_active else "off",
         "method": plan.method if plan.is_active else None,
-        "alpha": plan.alpha if plan.is_active else 0.0,
+        "alpha": record.steered.alpha,
+        "gate_opening": record.steered.opening,
         "vector": plan.vector_id if plan.is_active else None,
         "corruption": plan.corruption_in_force,
         "revision": plan.revision,

@@ -39,14 +39,17 @@ class Usage(BaseModel):
 class SteeringReport(BaseModel):
     """What was done to this answer; `reason` says why nothing, and is null when something was.
 
-    `vector` is null at sample level, `corruption` everywhere else. `overhead_ms` is the time that
-    steering took of this request: the plan, `shift_ms` for measuring its own shift, with making the
-    two prompts for it, and the subtracting. A shift that could not be measured has cost its time
-    too.
+    `alpha` is the strength applied: the policy's, times the share `gate_opening` (0 to 1) that its
+    gate let through for this prompt; null without a gate. `vector` is null where no vector set
+    takes part, `corruption` where no shift of the request's own is measured. `overhead_ms` is the
+    time that steering took of this request: the plan, `shift_ms` for measuring its own shift, with
+    making the two prompts for it, and for what its gate reads, and the subtracting. A shift that
+    could not be measured has cost its time too.
     """
 
     mode: str
     alpha: float
+    gate_opening: float | None
     method: str | None
     schedule: str | None
     vector: str | None

@@ -37,21 +37,29 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Steered:
-    """The plan in force and the largest |delta_l| / |h_l| over the layers.
+    """The plan in force, the largest |delta_l| / |h_l| over the layers, and the share of alpha that
+    a gate lets through, None without one.
 
     before: what steering cost until the engine was asked. All known at admission, except at sample
-    level, where the engine's SteeringApplied brings the dose or, under `serve-unsteered`, says that
-    nothing is subtracted after all.
+    level and with a gate, where the engine's SteeringApplied brings dose and opening or, under
+    `serve-unsteered`, says that nothing is subtracted after all.
     """
 
     plan: SteeringPlan
     relative_dose: float = 0.0
     before: Overhead = Overhead()
+    opening: float | None = None
+
+    @property
+    def alpha(self) -> float:
+        """The strength that was really applied."""
+        share = 1.0 if self.opening is None else self.opening
+        return self.plan.alpha * share if self.plan.is_active else 0.0
 
     def after(self, event: SteeringApplied) -> "Steered":
         if event.failure is not None:
             return Steered(self.plan.unsteered("shift-failed"))
-        return replace(self, relative_dose=event.relative_dose)
+        return replace(self, relative_dose=event.relative_dose, opening=event.opening)
 
     @property
     def header(self) -> str:
@@ -59,14 +67,13 @@ class Steered:
         plan = self.plan
         if not plan.is_active:
             return f"mode=off; reason={plan.reason}; revision={plan.revision}"
-        source = (
-            f"vector={plan.vector_id}"
-            if plan.corruption_in_force is None
-            else f"corruption={plan.corruption_in_force}"
-        )
+        sources = {"corruption": plan.corruption_in_force, "vector": plan.vector_id}
+        source = "; ".join(f"{name}={value}" for name, value in sources.items() if value)
+        method = "" if plan.method == "subtract" else f"method={plan.method}; "
+        gate = "" if plan.gate is None else f"gate={plan.gate}; "
         return (
-            f"mode={plan.mode}; alpha={plan.alpha:g}; schedule={plan.schedule}; {source}; "
-            f"revision={plan.revision}"
+            f"mode={plan.mode}; {method}alpha={plan.alpha:g}; {gate}schedule={plan.schedule}; "
+            f"{source}; revision={plan.revision}"
         )
 
     @property
@@ -83,10 +90,10 @@ class Steered:
 
     def report(self, timings: RequestTimings) -> SteeringReport:
         plan = self.plan
-        inject_s = timings.inject_s if plan.is_active else 0.0
         return SteeringReport(
             mode=plan.mode if plan.is_active else "off",
-            alpha=plan.alpha if plan.is_active else 0.0,
+            alpha=self.alpha,
+            gate_opening=self.opening,
             method=plan.method if plan.is_active else None,
             schedule=str(plan.schedule) if plan.is_active else None,
             vector=plan.vector_id if plan.is_active else None,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steering.ops import within
 from steering.stopwatch import ClockStopwatch, Reading, Stopwatch
 
 Edit = Callable[[int, Tensor], Tensor | None]
@@ -87,14 +88,17 @@ def record_inputs(modules: Sequence[nn.Module]) -> Iterator[Recorder]:
 
 @dataclass(frozen=True)
 class Injection:
-    """What the next forward pass subtracts.
+    """What the next forward pass subtracts from one token of each row.
 
     deltas (L, B, D), the model's dtype and device, alpha already multiplied in, zero for rows
-    that are not steered; token: the index in T of the one steered token, counted in this pass.
+    that are not steered so; token: the index in T of the one steered token, counted in this pass.
+    bases (L, B, k, D), float32: of rows whose own part in a subspace is taken away, sqrt(alpha)
+    already multiplied in (`steering.methods.RowSteering`), zero for the others. Either may be None.
     """
 
-    deltas: Tensor
+    deltas: Tensor | None
     token: int
+    bases: Tensor | None = None
 
 
 class Injector:
@@ -120,9 +124,12 @@ class Injector:
         if injection is None:
             return None
         self._stopwatch.start()
-        steered = subtract_at(hidden, injection.deltas[layer], injection.token)
+        if injection.deltas is not None:
+            hidden = subtract_at(hidden, injection.deltas[layer], injection.token)
+        if injection.bases is not None:
+            hidden = project_at(hidden, injection.bases[layer], injection.token)
         self._stopwatch.stop()
-        return steered
+        return hidden
 
 
 @contextmanager
@@ -153,4 +160,16 @@ def subtract_at(hidden: Tensor, delta: Tensor, token: int) -> Tensor:
         return hidden - delta[:, None]
     steered = hidden.clone()
     steered[:, token] -= delta
+    return steered
+
+
+def project_at(hidden: Tensor, basis: Tensor, token: int) -> Tensor:
+    """h - B^T B h at one token of hidden (B, T, D); basis (B, k, D) float32, of one device.
+
+    Computed in float32 and rounded once to the hidden state's dtype: rows whose basis is zero come
+    back equal. Returns a new tensor. Source: TBOP (arXiv 2603.14825).
+    """
+    state = hidden[:, token].float()
+    steered = hidden.clone()
+    steered[:, token] = (state - within(state, basis)).to(hidden.dtype)
     return steered

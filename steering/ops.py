@@ -27,6 +27,16 @@ def along(hidden: Tensor, directions: Tensor) -> Tensor:
     return (hidden * directions).sum(dim=-1, keepdim=True) * directions
 
 
+def within(hidden: Tensor, basis: Tensor) -> Tensor:
+    """B^T B h, each state's part in the subspace of its own basis: (N, D), (N, k, D) -> (N, D).
+
+    B (k, D) is orthonormal, but for a factor that makes it less than the whole part. Rows of zeros
+    count for nothing. Both of one dtype and device.
+    """
+    taken = torch.bmm(basis, hidden[:, :, None])
+    return torch.bmm(basis.transpose(1, 2), taken)[:, :, 0]
+
+
 def dose(delta: Tensor, hidden_norm: Tensor) -> Tensor:
     """|delta_l| / |h_l| per layer: delta (L, D), hidden_norm (L,) -> (L,).
 

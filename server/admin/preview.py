@@ -174,7 +174,7 @@ class PreviewDesk:
             inputs=inputs,
             params=sampling_params(prompt.wire),
             plan=plan,
-            delta=steering.delta,
+            steering=steering,
             emit=generation.emit,
             timeout_s=deadline - time.monotonic(),
             namespace=NAMESPACE,

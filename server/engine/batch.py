@@ -4,6 +4,7 @@ The decoders (eager.py, fused.py) run it; the runner makes it. A pass steers at 
 each chunk, its last, and every row's. Does not decide what runs (scheduler.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,11 +21,13 @@ class Shift:
     """A shift that the pass measures for one of its own chunks, and applies by `plan`.
 
     corrupted, text_only: indices of the chunks whose last tokens show it, before this one.
+    directions (L, D) float32: unit vectors onto which it is projected first.
     """
 
     plan: SteeringPlan
     corrupted: int
     text_only: int
+    directions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Chunk:
     """Tokens [start, end) of one prompt: embeds (T, D), positions (P, T).
 
     What its last token subtracts at each layer: `delta` (L, D) float32, or a `shift` that this
-    pass measures, or nothing. `pictures`: spans of tokens that see each other both ways.
+    pass measures, or its own part in the subspace of `basis` (L, k, D) float32 (`RowSteering`), or
+    nothing. `pictures`: spans of tokens that see each other both ways.
     wants_hidden: its last token's normed state is asked for; wants_states: what that token's state
     is after each layer, in a chunk that subtracts nothing.
     """
@@ -43,6 +47,7 @@ class Chunk:
     start: int
     end: int
     delta: Tensor | None = None
+    basis: Tensor | None = None
     shift: Shift | None = None
     pictures: tuple[tuple[int, int], ...] = ()
     wants_hidden: bool = True
@@ -69,12 +74,14 @@ class Batch:
     """Chunks and slabs of rows of one pass; either may be absent, not both.
 
     deltas (L, rows, D): what the rows of all slabs, in order, subtract, in the decoder's steering
-    dtype, zero for rows that are not steered; None when none is.
+    dtype, zero for rows that are not steered so; None when none is. bases (L, rows, k, D) float32:
+    likewise, of the rows whose own part in a subspace is subtracted.
     """
 
     chunks: tuple[Chunk, ...] = ()
     slabs: tuple[Rows, ...] = ()
     deltas: Tensor | None = None
+    bases: Tensor | None = None
 
     @property
     def embeds(self) -> Tensor:
@@ -105,6 +112,20 @@ class Output:
     fired: int = 0
     forwards: int = 1
     injected: Reading = field(default_factory=Seconds)
+
+
+def stacked_bases(bases: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """(L, N, k, D) of N bases (L, k, D), None for none: rows of zeros fill up to the largest k."""
+    given = [basis for basis in bases if basis is not None]
+    if not given:
+        return None
+    num_layers, _, size = given[0].shape
+    rank = max(basis.shape[1] for basis in given)
+    table = torch.zeros(num_layers, len(bases), rank, size, device=device)
+    for number, basis in enumerate(bases):
+        if basis is not None:
+            table[:, number, : basis.shape[1]] = basis.to(device)
+    return table
 
 
 class Decoder(Protocol):

@@ -2,7 +2,8 @@
 
 A given shift: one batch with a prompt, then a row, a layer: number l is steered at layer l alone,
 the last one not at all. So it also shows that they do not leak into each other. What counts is what
-the layers' readers (the next layer, the final norm) are given, not what steering returned.
+the layers' readers (the next layer, the final norm) are given, not what steering returned. The same
+again for the states' own part in a subspace (method project), one that holds much of them.
 
 A shift that the pass measures: three different prompts, of which the first two show it and the
 third subtracts it. It must be what the method makes of the two's states, and must do to the third
@@ -23,6 +24,7 @@ from steering.methods import sample_delta
 from steering.plan import SteeringPlan
 
 DOSE = 0.5
+RANK = 2
 TOLERANCE = 0.02  # of the planned amount; bfloat16 rounds a sum by some 0.3 % of |h|
 NUM_TOKENS = 4
 SAMPLE_PLAN = SteeringPlan(mode="sample", alpha=0.5, reason=None)
@@ -41,18 +43,41 @@ def run_canary(family: Family, model: Any, decoder: Decoder) -> None:
     direction = torch.nn.functional.normalize(direction, dim=-1).to(model.device)
 
     for make in (_prompts, _rows):
-        plain = _trace(decoder, make(family, model, decoder, None))  # (L, L + 1, D)
+        plain = _trace(decoder, make(family, model, decoder))  # (L, L + 1, D)
         deltas = torch.zeros_like(plain)
+        bases = plain.new_zeros(num_layers, num_layers + 1, RANK, hidden_size)
+        parts = torch.zeros_like(plain)
         for layer in range(num_layers):
-            deltas[layer, layer] = DOSE * plain[layer, layer].norm() * direction[layer]
+            state, towards = plain[layer, layer], direction[layer]
+            deltas[layer, layer] = DOSE * state.norm() * towards
+            basis = bases[layer, layer] = _basis(state, towards)
+            parts[layer, layer] = sum(torch.dot(vector, state) * vector for vector in basis)
         deltas = deltas.to(decoder.steering_dtype)
-        steered = _trace(decoder, make(family, model, decoder, deltas))
         zero = _trace(decoder, make(family, model, decoder, torch.zeros_like(deltas)))
-        _compare(plain, steered, zero, deltas.float())
+        if not torch.equal(plain, zero):
+            raise SteeringFaultError("canary: a pass with alpha 0 differs from an unsteered one")
+        _compare(plain, _trace(decoder, make(family, model, decoder, deltas)), deltas.float())
+        projected = make(family, model, decoder, bases=bases)
+        _compare(plain, _trace(decoder, projected), parts)
     _check_shift(family, model, decoder)
 
 
-def _prompts(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None) -> Batch:
+def _basis(state: Tensor, towards: Tensor) -> Tensor:
+    """Orthonormal (RANK, D), whose first row is at about 45 degrees from the state: a state has so
+    little in a subspace by chance that bfloat16 would round it away."""
+    first = state / state.norm() + towards
+    return torch.linalg.qr(torch.stack([first, towards.roll(1)], dim=1).float().cpu()).Q.T.to(
+        state.device
+    )
+
+
+def _prompts(
+    family: Family,
+    model: Any,
+    decoder: Decoder,
+    deltas: Tensor | None = None,
+    bases: Tensor | None = None,
+) -> Batch:
     """L + 1 equal prompts, whole."""
     shape = KVShape.of(model)
     token_ids = torch.arange(1, NUM_TOKENS + 1)
@@ -65,13 +90,20 @@ def _prompts(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None
             start=0,
             end=NUM_TOKENS,
             delta=None if deltas is None else deltas[:, number],
+            basis=None if bases is None else bases[:, number],
         )
         for number in range(decoder.num_layers + 1)
     ]
     return Batch(chunks=tuple(chunks))
 
 
-def _rows(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None) -> Batch:
+def _rows(
+    family: Family,
+    model: Any,
+    decoder: Decoder,
+    deltas: Tensor | None = None,
+    bases: Tensor | None = None,
+) -> Batch:
     """L + 1 equal rows at their first token."""
     num_rows = decoder.num_layers + 1
     slab = Slab(KVShape.of(model), length=1, capacity=num_rows)
@@ -83,7 +115,7 @@ def _rows(family: Family, model: Any, decoder: Decoder, deltas: Tensor | None) -
         lengths=torch.zeros(num_rows, dtype=torch.long, device=model.device),
         longest=0,
     )
-    return Batch(slabs=(rows,), deltas=deltas)
+    return Batch(slabs=(rows,), deltas=deltas, bases=bases)
 
 
 def _tokens(family: Family, model: Any, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,13 +140,12 @@ def _run(decoder: Decoder, batch: Batch) -> Output:
     return output
 
 
-def _compare(plain: Tensor, steered: Tensor, zero: Tensor, deltas: Tensor) -> None:
-    """All (L, L + 1, D) float32: states by layer and by prompt or row."""
-    if not torch.equal(plain, zero):
-        raise SteeringFaultError("canary: a pass with alpha 0 differs from an unsteered one")
-    for layer in range(len(deltas)):
+def _compare(plain: Tensor, steered: Tensor, parts: Tensor) -> None:
+    """All (L, L + 1, D) float32, by layer and by prompt or row: states, and what was planned to be
+    subtracted from them."""
+    for layer in range(len(parts)):
         moved = plain[layer, layer] - steered[layer, layer]
-        planned = deltas[layer, layer]
+        planned = parts[layer, layer]
         error = _error(moved, planned)
         if not error <= TOLERANCE:
             raise SteeringFaultError(

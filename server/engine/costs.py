@@ -52,7 +52,8 @@ class Costs:
         probes: Seq[ActiveRequest],
         seconds: float,
     ) -> None:
-        """The pair's prompts bear their share of the tokens of a pass."""
+        """The pair's prompts, and the token that a gate reads, bear their share of the tokens of
+        a pass."""
         self._counters.prefill_tokens["probe"] += len(probes)
         num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
         token_s = seconds / (len(rows) + len(probes) + num_prefilled)
@@ -61,6 +62,8 @@ class Costs:
             self._counters.prefill_tokens[chunk.state.asker] += num_tokens
             if chunk.state.role != "own":
                 chunk.active.book_shift(token_s * num_tokens)
+            elif chunk.reads_gate:
+                chunk.active.book_shift(token_s)
 
     def book_injection(
         self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], output: Output

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.batch import Batch, Chunk, Output, Rows
+from server.engine.batch import Batch, Chunk, Output, stacked_bases
 from server.engine.cache import PromptCache, Slab
 from steering.hooks import Injection, Injector, record, record_inputs
 from steering.layers import decoder_layers, text_config
@@ -42,10 +42,10 @@ class EagerDecoder:
         }
         states: dict[int, Tensor] = {}
         for number, chunk in enumerate(batch.chunks):
-            delta = chunk.delta
-            if chunk.shift is not None:
-                corrupted, text_only = states[chunk.shift.corrupted], states[chunk.shift.text_only]
-                delta = sample_delta(chunk.shift.plan, corrupted, text_only)
+            delta, shift = chunk.delta, chunk.shift
+            if shift is not None:
+                corrupted, text_only = states[shift.corrupted], states[shift.text_only]
+                delta = sample_delta(shift.plan, corrupted, text_only, shift.directions)
                 shifts[number] = (delta, delta.norm(dim=-1) / corrupted.norm(dim=-1))
             if number in measured | wanted:
                 with record(self._layers) as recorder:
@@ -55,8 +55,8 @@ class EagerDecoder:
                 last = self._run_chunk(chunk, delta)
             if chunk.wants_hidden:
                 hidden.append(last)
-        for rows, deltas in _slabs(batch):
-            hidden.append(self._run_rows(rows, deltas))
+        for part in _slabs(batch):
+            hidden.append(self._run_rows(part))
         fired, injected = self._injector.take()
         return Output(
             hidden=torch.cat(hidden) if hidden else batch.chunks[0].embeds[:0],
@@ -89,10 +89,13 @@ class EagerDecoder:
     def _run_chunk(self, chunk: Chunk, delta: Tensor | None) -> Tensor:
         """The normed state of its last token, (1, D)."""
         chunk.cache.begin(chunk.start)
-        injection = None
-        if delta is not None:
-            steps = delta.to(device=chunk.embeds.device, dtype=chunk.embeds.dtype)
-            injection = Injection(steps[:, None], token=len(chunk) - 1)
+        embeds, injection = chunk.embeds, None
+        if delta is not None or chunk.basis is not None:
+            injection = Injection(
+                None if delta is None else delta.to(embeds.device, embeds.dtype)[:, None],
+                token=len(chunk) - 1,
+                bases=stacked_bases([chunk.basis], embeds.device),
+            )
         queries = torch.arange(chunk.start, chunk.end, device=chunk.embeds.device)
         keys = torch.arange(chunk.end, device=chunk.embeds.device)
         pictures = torch.zeros(len(queries), len(keys), dtype=torch.bool, device=keys.device)
@@ -101,12 +104,15 @@ class EagerDecoder:
             pictures |= inside[:, None] & (keys >= first) & (keys < end)
         masks = self._masks(queries[None, :, None], keys, pictures)
         positions = chunk.positions[:, None]  # (P, 1, T)
-        return self._forward(chunk.embeds[None], positions, masks, chunk.cache, injection)[0, -1:]
+        return self._forward(embeds[None], positions, masks, chunk.cache, injection)[0, -1:]
 
-    def _run_rows(self, rows: Rows, deltas: Tensor | None) -> Tensor:
-        """The normed states, (B, D)."""
+    def _run_rows(self, batch: Batch) -> Tensor:
+        """Of one slab; the normed states, (B, D)."""
+        (rows,) = batch.slabs
         rows.slab.begin(rows.lengths, rows.longest)
-        injection = None if deltas is None else Injection(deltas, token=0)
+        injection = None
+        if batch.deltas is not None or batch.bases is not None:
+            injection = Injection(batch.deltas, token=0, bases=batch.bases)
         keys = torch.arange(rows.slab.width, device=rows.lengths.device)
         masks = self._masks(rows.lengths[:, None, None], keys, None)
         positions = rows.positions[..., None]  # (P, B, 1)
@@ -147,16 +153,19 @@ class EagerDecoder:
         return hidden
 
 
-def _slabs(batch: Batch) -> Iterator[tuple[Rows, Tensor | None]]:
-    """The rows of each slab with what they subtract, (L, B, D)."""
+def _slabs(batch: Batch) -> Iterator[Batch]:
+    """The rows of each slab with what they subtract."""
     first = 0
     for rows in batch.slabs:
         end = first + len(rows.embeds)
-        yield rows, None if batch.deltas is None else batch.deltas[:, first:end]
+        yield Batch(
+            slabs=(rows,),
+            deltas=None if batch.deltas is None else batch.deltas[:, first:end],
+            bases=None if batch.bases is None else batch.bases[:, first:end],
+        )
         first = end
 
 
 def _parts(batch: Batch) -> list[Batch]:
     """Every chunk and the rows of every slab apart."""
-    parts = [Batch(chunks=(chunk,)) for chunk in batch.chunks]
-    return parts + [Batch(slabs=(rows,), deltas=deltas) for rows, deltas in _slabs(batch)]
+    return [*(Batch(chunks=(chunk,)) for chunk in batch.chunks), *_slabs(batch)]

@@ -29,7 +29,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.selfcheck import SelfCheck
 from server.engine.sequences import ActiveRequest
 from server.engine.stats import Counters, EngineStats
-from server.engine.stepper import Stepper, worded
+from server.engine.stepper import Stepper
 from server.engine.text import eos_token_ids
 from server.engine.types import (
     EngineError,
@@ -42,6 +42,7 @@ from server.engine.types import (
     NotAcceptingError,
     PromptTooLongError,
     QueueFullError,
+    worded,
 )
 from server.engine.vision import VisionCache
 from steering.corruption import Corruption

@@ -23,9 +23,9 @@ from server.engine.batch import Batch, Chunk, Output
 from server.engine.cache import Slab
 from server.engine.linear import Linear
 from server.engine.memory import leave_file
+from server.engine.steering_pass import SteeringPass
 from steering.layers import decoder_layers, text_config
-from steering.methods import SampleShift
-from steering.stopwatch import Stopwatch, stopwatch_of
+from steering.stopwatch import stopwatch_of
 
 # Their layers are norm, attention with rotary positions, norm, gated MLP: checked by the
 # conformance suite. A class that only looks alike is run by its own modules.
@@ -102,7 +102,10 @@ class FusedDecoder:
         """`seen` collects what each reader is given at the last tokens."""
         packing = _Packing(batch, self._device, self._layers[0].group)
         self._stopwatch.take()  # of a pass that broke midway
-        steering = _Steering(batch, packing, self.num_layers, self._stopwatch)
+        rows = slice(packing.first_row, packing.end)
+        steering = SteeringPass(
+            batch, packing.chunk_lasts, rows, self.num_layers, self._device, self._stopwatch
+        )
         hidden = nn.functional.pad(batch.embeds.float(), (0, 0, 0, packing.padding))
         rotary = self._rotary_tables(batch, packing.padding)
         for number, layer in enumerate(self._layers):
@@ -235,62 +238,3 @@ class _Layer:
         if packing.padding:
             parts.append(q.new_zeros(packing.padding, self._num_heads * self._head_dim))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class _Steering:
-    """Subtracts, after each layer, what the batch asks for; measures its shifts on the way."""
-
-    def __init__(
-        self, batch: Batch, packing: _Packing, num_layers: int, stopwatch: Stopwatch
-    ) -> None:
-        self.fired = 0
-        self._stopwatch = stopwatch
-        lasts, device = packing.chunk_lasts, packing.lasts.device
-        given = [i for i, chunk in enumerate(batch.chunks) if chunk.delta is not None]
-        self._given = torch.tensor([lasts[i] for i in given], device=device)
-        deltas = [chunk.delta for chunk in batch.chunks if chunk.delta is not None]
-        self._deltas = torch.stack(deltas, dim=1).to(device) if deltas else None  # (L, S, D)
-        shifts = [(i, chunk.shift) for i, chunk in enumerate(batch.chunks) if chunk.shift]
-        self._measuring = [i for i, _ in shifts]
-        self._measured = torch.tensor([lasts[i] for i, _ in shifts], device=device)
-        self._corrupted = torch.tensor([lasts[s.corrupted] for _, s in shifts], device=device)
-        self._text_only = torch.tensor([lasts[s.text_only] for _, s in shifts], device=device)
-        plans = [shift.plan for _, shift in shifts]
-        self._shift = SampleShift(plans, num_layers, device) if plans else None
-        self._rows = batch.deltas
-        self._row_states: Tensor | None = None
-        self._first_row, self._end = packing.first_row, packing.end
-        self._is_idle = not deltas and not plans and batch.deltas is None
-        self._watching = [i for i, chunk in enumerate(batch.chunks) if chunk.wants_states]
-        self._watched = torch.tensor([lasts[i] for i in self._watching], device=device)
-        self._states: list[Tensor] = []
-
-    def at(self, layer: int, hidden: Tensor) -> None:
-        """hidden (N, D) float32 after `layer`, changed in place."""
-        self.fired += 1
-        if self._watching:
-            self._states.append(hidden[self._watched])
-        if self._is_idle:
-            return
-        self._stopwatch.start()
-        if self._deltas is not None:
-            hidden.index_add_(0, self._given, self._deltas[layer], alpha=-1)
-        if self._shift is not None:
-            delta = self._shift.at(layer, hidden[self._corrupted], hidden[self._text_only])
-            hidden.index_add_(0, self._measured, delta, alpha=-1)
-        if self._rows is not None:
-            if self._row_states is None:  # the stream is one tensor, changed in place throughout
-                self._row_states = hidden[self._first_row : self._end]
-            self._row_states.sub_(self._rows[layer])
-        self._stopwatch.stop()
-
-    def shifts(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """See `Output.shifts`."""
-        if self._shift is None:
-            return {}
-        deltas, doses = self._shift.deltas, self._shift.doses
-        return {i: (deltas[:, k], doses[:, k]) for k, i in enumerate(self._measuring)}
-
-    def states(self) -> dict[int, Tensor]:
-        """See `Output.states`."""
-        return {i: torch.stack([s[k] for s in self._states]) for k, i in enumerate(self._watching)}

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
+from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift, stacked_bases
 from server.engine.cache import KVShape, PromptCache, RowCache, Slab
 from server.engine.costs import Costs
 from server.engine.families import Family, bidirectional_blocks, embed, encode_image, images_between
+from server.engine.measured import take_measured
 from server.engine.prefix import PrefixCache, blocks_of
 from server.engine.scheduler import PrefillChunk
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
@@ -22,7 +23,6 @@ from server.engine.stats import Counters
 from server.engine.types import EngineError, ImageInput
 from server.engine.vision import SHARED_NAMESPACE, VisionCache
 from steering.corruption import MEANINGLESS
-from steering.projection import Reference, shift_projection
 
 
 class SteeringFaultError(EngineError):
@@ -58,10 +58,11 @@ class Runner:
         self._rows: RowCache[Sequence] = RowCache(self._shape, max_len, max_rows, max_tokens)
         self.prefix = prefix
         self.vision = vision
-        # What the rows subtract at each layer, ready-made: (L, rows, D), None when nothing.
-        # Rewritten only when rows join, move or leave, so a decode step pays one subtraction a
-        # layer.
+        # What the rows subtract at each layer, ready-made: (L, rows, D), None when nothing, and the
+        # bases (L, rows, k, D) of those that project. Rewritten only when rows join, move or
+        # leave, so a decode step pays one subtraction a layer.
         self._deltas: Tensor | None = None
+        self._bases: Tensor | None = None
         self._order: list[Sequence] = []
         self._slabs: list[tuple[Slab, list[Sequence]]] = []
 
@@ -97,6 +98,7 @@ class Runner:
         if order != self._order:
             self._order = order
             self._deltas = self._steering_table(order)
+            self._bases = stacked_bases([row.active.basis for row in order], self._device)
         return order
 
     def run(
@@ -109,13 +111,15 @@ class Runner:
         order, then of every row. `rows`: all, as `arrange` returned them, or none.
 
         A request that measures its shift here has it in `delta` afterwards, and in `doses` what it
-        came to; both may hold what is no number. So may the `projection` of those in `probes`,
-        whose own prompts' last tokens run once more, unsteered.
+        came to; one whose gate is read here its `opening`; they may be no numbers. So may the
+        `projection` of those in `probes`, whose own prompts' last tokens run once more, unsteered.
         """
         with self.costs.timed(lambda seconds: self.costs.book_pass(chunks, rows, probes, seconds)):
             batch = self._batch(chunks, rows, probes)
             output = self._checked(batch)
-            self._take(batch, output, chunks, probes)
+            take_measured(batch, output, chunks, probes)
+            for chunk in chunks:
+                self._keep(chunk)
             hidden = output.hidden
             # Nothing to look at when no prompt has ended and no row runs.
             logits = self._decoder.logits(hidden) if len(hidden) else hidden
@@ -130,26 +134,6 @@ class Runner:
                 f"{self._decoder.num_layers} layers"
             )
         return output
-
-    def _take(
-        self,
-        batch: Batch,
-        output: Output,
-        chunks: Seq[PrefillChunk],
-        probes: Seq[ActiveRequest],
-    ) -> None:
-        """What a pass has measured, and the keys and values that it has computed."""
-        for index, (delta, doses) in output.shifts.items():
-            active, shift = chunks[index].active, batch.chunks[index].shift
-            active.delta, active.doses = delta, doses
-            if active.request.probe and shift is not None:
-                text, corrupted = output.states[shift.text_only], output.states[shift.corrupted]
-                active.reference = Reference(text, corrupted - text)
-        for number, active in enumerate(probes, start=len(chunks)):
-            assert active.reference is not None
-            active.projection = shift_projection(output.states[number], active.reference)
-        for chunk in chunks:
-            self._keep(chunk)
 
     def join(self, active: ActiveRequest) -> None:
         """Copy a prefilled prompt into a row for each of its sequences."""
@@ -188,6 +172,7 @@ class Runner:
             chunks=(*parts, *(self._probe(active) for active in probes)),
             slabs=self._row_tokens() if rows else (),
             deltas=self._deltas if rows else None,
+            bases=self._bases if rows else None,
         )
 
     def _chunk(self, chunk: PrefillChunk, at: dict[int, int]) -> Chunk:
@@ -196,12 +181,13 @@ class Runner:
         part = self._part(chunk.state, chunk.start, chunk.end)
         if not chunk.is_last:
             return part
-        if chunk.state.role != "own":
-            return replace(part, wants_states=active.request.probe)
+        if not chunk.ends_prefill:
+            return replace(part, wants_states=active.request.probe or active.gate is not None)
         if not active.measures_shift:
-            return replace(part, delta=active.delta, wants_hidden=True)
+            return replace(part, delta=active.delta, basis=active.basis, wants_hidden=True)
         corrupted, text_only, _ = (at[id(prompt)] for prompt in active.prompts)
-        shift = Shift(active.request.plan, corrupted, text_only)
+        directions = active.request.steering.directions
+        shift = Shift(active.request.plan, corrupted, text_only, directions)
         return replace(part, shift=shift, wants_hidden=True)
 
     def _probe(self, active: ActiveRequest) -> Chunk:

@@ -13,16 +13,25 @@ from server.engine.sequences import ActiveRequest, PromptState, Sequence
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens [start, end) of one of a request's prompts."""
+    """Tokens [start, end) of one of a request's prompts.
+
+    reads_gate: its last token runs unsteered, for the request's gate to read.
+    """
 
     active: ActiveRequest
     state: PromptState
     start: int
     end: int
+    reads_gate: bool = False
 
     @property
     def is_last(self) -> bool:
         return self.end == len(self.state.prompt)
+
+    @property
+    def ends_prefill(self) -> bool:
+        """Whether the answer's first token comes of it."""
+        return self.is_last and self.state.role == "own" and not self.reads_gate
 
 
 class Scheduler:
@@ -117,9 +126,10 @@ class Scheduler:
         """The next chunks of a request's prompts.
 
         The last tokens of all its prompts run in one pass, because the own prompt's subtracts what
-        the pair's show. So none is run to its end before all can be.
+        the pair's show. So none is run to its end before all can be. Where a gate is to be read
+        first, the end of the own prompt may lie before its last token (`PromptState.end`).
         """
-        prompts = active.prompts
+        prompts = [state for state in active.prompts if state.num_left]
         num_left = sum(state.num_left for state in prompts)
         is_end = num_left <= budget or num_left == len(prompts)
         chunks = []
@@ -132,7 +142,8 @@ class Scheduler:
             if end > start:
                 state.num_done = end
                 budget -= end - start
-                chunks.append(PrefillChunk(active, state, start, end))
+                reads_gate = end == len(state.prompt) and state is active.gate_prompt
+                chunks.append(PrefillChunk(active, state, start, end, reads_gate))
         return chunks
 
     def _cut(self, state: PromptState, end: int) -> int:
@@ -140,5 +151,5 @@ class Scheduler:
         if self._keep_pictures_whole:
             for picture in state.prompt.images:
                 if picture.start < end < picture.end:
-                    return picture.end
+                    return min(picture.end, state.end)
         return end

@@ -4,7 +4,7 @@ import math
 import random
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from server.engine.stats import Asker
 from server.engine.text import Detokenizer, StopMatcher
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from server.engine.cache import PromptCache
     from server.engine.prefix import Block
+    from steering.methods import GateReader
+
+T = TypeVar("T")
 
 
 class MissingShiftError(EngineError):
@@ -92,6 +95,7 @@ class Sequence:
 class PromptState:
     """One prompt on its way through prefill: the request's own, or one of its pair.
 
+    end: where prefill stops for now; before the prompt's own last token only while a gate is read.
     blocks: what the prefix cache knows it by. num_done: tokens whose KV is in `cache`; num_cached
     of them came from the prefix cache. embeds (T, D): of the tokens from `embeds_start` on, once
     the first chunk is due.
@@ -106,13 +110,16 @@ class PromptState:
     embeds: "Tensor | None" = None
     embeds_start: int = 0
 
+    def __post_init__(self) -> None:
+        self.end = len(self.prompt)
+
     @property
     def asker(self) -> Asker:
         return "own" if self.role == "own" else "shift"
 
     @property
     def num_left(self) -> int:
-        return len(self.prompt) - self.num_done
+        return self.end - self.num_done
 
     def release(self) -> None:
         """Let go of everything that takes memory."""
@@ -128,10 +135,18 @@ class PromptState:
 class ActiveRequest:
     """One accepted request on its way through the engine: waiting, prefilling, running.
 
-    prompts: those that prefill still has to run, the request's own last. delta (L, D): what its
-    tokens subtract, known from the start or measured, with its doses (L,), by the pass that ends
-    its prefill. Raises MissingShiftError for a plan of mode sample without a pair of prompts, and
-    of mode dataset without delta: none is served unsteered in silence.
+    prompts: those that prefill still has to run, the request's own last. What its tokens subtract
+    is delta (L, D) or their own part in the subspace of basis (L, k, D): known from the start, or
+    measured, with its doses (L,), by the pass that ends its prefill.
+
+    gate: still to be read, None otherwise. A prompt is run unsteered to its end for it: in mode
+    dataset the own one, in mode sample the pair, while the own one stops before its last token.
+    Then `opening` () scales delta or basis, and the own prompt's last token runs, steered, in the
+    next step, over what that place of its cache held. So a gate costs one step, and in mode dataset
+    one token that runs twice.
+
+    Raises MissingShiftError for an active plan that does not come with what it needs: none is
+    served unsteered in silence.
     """
 
     request: EngineRequest
@@ -147,37 +162,73 @@ class ActiveRequest:
     def __post_init__(self) -> None:
         self.own = PromptState(self.request.inputs.prompt, "own")
         self.prompts = [self.own]
-        self.delta = self.request.delta
         self.reference = self.request.reference
+        self.delta: Tensor | None = None
+        self.basis: Tensor | None = None
+        self.gate: GateReader | None = None
+        self.opening: Tensor | None = None
         self.doses: Tensor | None = None
-        plan, pair = self.request.plan, self.request.inputs.pair
-        if plan.is_active and plan.mode == "sample":
-            if pair is None:
-                raise MissingShiftError(self._missing("pair of prompts"))
+        if self.request.plan.is_active:
+            self._take_up_plan()
+
+    def _take_up_plan(self) -> None:
+        plan, steering = self.request.plan, self.request.steering
+        if plan.mode == "sample":
+            pair = self._needed("pair of prompts", self.request.inputs.pair)
+            if plan.method == "safety-projected":
+                self._needed("directions", steering.directions)
             self.prompts = [
                 PromptState(pair.corrupted, "corrupted"),
                 PromptState(pair.text_only, "text-only"),
                 self.own,
             ]
-        elif plan.is_active and self.delta is None:
-            raise MissingShiftError(self._missing("delta"))
+        elif plan.method == "project":
+            self.basis = self._needed("basis", steering.basis)
+        else:
+            self.delta = self._needed("delta", steering.delta)
+        if plan.gate is not None:
+            self.gate = self._needed("gate", steering.gate)
+            if plan.mode == "sample":
+                self.own.end -= 1
 
-    def _missing(self, what: str) -> str:
+    def _needed(self, what: str, part: "T | None") -> "T":
+        if part is not None:
+            return part
         plan = self.request.plan
-        return (
-            f"request {self.request.request_id}: a plan of mode {plan.mode} with alpha "
-            f"{plan.alpha:g} came without its {what}"
+        raise MissingShiftError(
+            f"request {self.request.request_id}: a plan of mode {plan.mode} with method "
+            f"{plan.method} and alpha {plan.alpha:g} came without its {what}"
         )
 
     @property
     def measures_shift(self) -> bool:
-        """Whether the pass that ends its prefill measures what it subtracts."""
+        """Whether prefill has its own shift still to measure."""
         return len(self.prompts) > 1
+
+    @property
+    def gate_prompt(self) -> PromptState | None:
+        """Whose last token the gate, if it is still to be read, reads."""
+        if self.gate is None:
+            return None
+        return self.prompts[1] if self.measures_shift else self.own
+
+    def go_on_through_gate(self, opening: float) -> None:
+        """The gate is read: what the tokens subtract is scaled, for this request alone, and the
+        own prompt's last token is due."""
+        if self.delta is not None:
+            self.delta = opening * self.delta
+        if self.basis is not None:  # it is in the product twice
+            self.basis = math.sqrt(opening) * self.basis
+        self.prompts, self.gate = [self.own], None
+        self.own.end = len(self.own.prompt)
+        self.own.num_done = self.own.end - 1
 
     def give_up_shift(self) -> None:
         """Go on unsteered, from what the prefix cache gave: a shift that was no number has spread
         over the prompt, since a masked key that is NaN still makes its scores NaN."""
-        self.prompts, self.delta, self.doses = [self.own], None, None
+        self.prompts, self.gate, self.doses = [self.own], None, None
+        self.delta = self.basis = None
+        self.own.end = len(self.own.prompt)
         self.own.num_done = self.own.num_cached
 
     def book_shift(self, seconds: float) -> None:
@@ -186,7 +237,7 @@ class ActiveRequest:
     @property
     def is_probed(self) -> bool:
         """Whether its prompt's last token, once it has its rows, runs once more, unsteered."""
-        return self.request.probe and self.reference is not None
+        return self.request.probe and self.reference is not None and self.projection is None
 
     def release(self, keeps_last: bool = False) -> None:
         """Let go of everything that takes memory, but for what it takes to run the own prompt's

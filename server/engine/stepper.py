@@ -20,14 +20,7 @@ from server.engine.sampling import logprobs, sample
 from server.engine.scheduler import PrefillChunk, Scheduler
 from server.engine.sequences import ActiveRequest, Sequence
 from server.engine.stats import Counters, StepKind
-from server.engine.types import (
-    EngineError,
-    Failed,
-    FailureKind,
-    Finished,
-    SteeringApplied,
-)
-from steering.errors import SteeringError
+from server.engine.types import Failed, FailureKind, Finished, SteeringApplied, worded
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +87,9 @@ class Stepper:
         ended, logits = self._run(chunks, rows, probes)
         for active in probes:
             active.release()
+        for chunk in chunks:
+            if chunk.reads_gate:
+                self._go_on_through_gate(chunk.active)
         self._apply(logits[len(ended) :], rows)
         for active, row_logits in zip(ended, logits, strict=False):
             self._begin_decoding(active, row_logits)
@@ -171,7 +167,7 @@ class Stepper:
                 raise
             except Exception as error:  # boundary: this request fails, the others go on
                 logger.exception("prefill of request %s failed", active.request.request_id)
-                if active.measures_shift:  # its pair may be at fault
+                if active.measures_shift or active.gate is not None:  # they may be at fault
                     self._shift_failed(active, worded(error))
                 else:
                     self._fail(active, "engine", worded(error))
@@ -208,8 +204,23 @@ class Stepper:
         if active.is_probed and active.request.request_id in self._accepted:
             self._probes.append(active)
 
+    def _go_on_through_gate(self, active: ActiveRequest) -> None:
+        """A pass has read a request's gate: its last token is due, steered as far as that opens."""
+        if active.gate is None or active.request.request_id not in self._accepted:
+            return  # it goes on unsteered, or has ended
+        if active.opening is None:
+            raise SteeringFaultError("a pass did not read the gate that it was to read")
+        opening, dose = float(active.opening), active.request.steering.max_dose
+        if active.doses is not None:
+            dose = float(active.doses.max())
+        if not math.isfinite(opening * dose):
+            self._shift_failed(active, "the request's gate or shift came out as NaN or infinite")
+            return
+        active.go_on_through_gate(opening)
+        active.request.emit(SteeringApplied(opening * dose, opening=opening))
+
     def _shift_failed(self, active: ActiveRequest, message: str) -> None:
-        """The sample level cannot be had for this request: refuse it, or go on without."""
+        """What is measured cannot be had for this request: refuse it, or go on without."""
         if active.request.on_error == "reject":
             self._fail(active, "engine", f"steering failed: {message}")
             return
@@ -276,11 +287,5 @@ class Stepper:
 
 
 def _ended(chunks: Seq[PrefillChunk]) -> list[ActiveRequest]:
-    """Requests whose own prompt ends with one of these chunks, in their order."""
-    return [chunk.active for chunk in chunks if chunk.is_last and chunk.state.role == "own"]
-
-
-def worded(error: Exception) -> str:
-    """For clients: our own words, never another library's internals (the log has those)."""
-    is_ours = isinstance(error, EngineError | SteeringError)
-    return str(error) if is_ours else "an internal error; see the log"
+    """Requests whose prefill ends with one of these chunks, in their order."""
+    return [chunk.active for chunk in chunks if chunk.ends_prefill]

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from steering.errors import SteeringError
 from steering.plan import SteeringPlan
 
 if TYPE_CHECKING:
     import torch
 
+    from steering.methods import RowSteering
     from steering.projection import Reference
 
 FinishReason = Literal["stop", "length"]
@@ -46,6 +48,12 @@ class InputError(EngineError):
 
 class PairError(InputError):
     """The sample level's two prompts cannot be made (HTTP 400)."""
+
+
+def worded(error: Exception) -> str:
+    """For clients: our own words, never another library's internals (the log has those)."""
+    is_ours = isinstance(error, EngineError | SteeringError)
+    return str(error) if is_ours else "an internal error; see the log"
 
 
 @dataclass(frozen=True)
@@ -138,20 +146,22 @@ class EngineInputs:
 class EngineRequest:
     """One accepted request.
 
-    `delta` (L, D) float32 is what every steered token subtracts at each layer, alpha and schedule
-    already multiplied in; None when the plan is not active or is of mode `sample`, where the
-    engine measures it from `inputs.pair`. `on_error` says what happens when that fails.
+    `steering` is what `steering.methods.row_steering` makes of the plan: what every steered token
+    subtracts, and the gate that scales it; of no account when the plan is not active. In mode
+    `sample` the engine measures the shift from `inputs.pair`. `on_error` says what happens when
+    that, or reading the gate, fails.
     `namespace` (a tenant) separates what the caches hold. `request_id` is unique. `emit` is called
     on the engine thread with each event and must neither block nor raise. `probe` asks how far
     the prompt lies from text, measured against `reference`, in mode `sample` against its own pair;
-    where there is neither, or its answer ends at its first token, it is not told.
+    where there is neither, or its answer ends at its first token, it is not told. In mode
+    `dataset` with a gate, which reads the same states, it is always.
     """
 
     request_id: str
     inputs: EngineInputs
     params: SamplingParams
     plan: SteeringPlan
-    delta: "torch.Tensor | None"
+    steering: "RowSteering"
     emit: "Callable[[EngineEvent], None]"
     timeout_s: float = math.inf
     namespace: str = ""
@@ -190,14 +200,17 @@ class ChoiceFinished:
 
 @dataclass(frozen=True)
 class SteeringApplied:
-    """What the sample level came to; precedes the first TextEvent of a request that asks for it.
+    """What was measured for a request of the sample level, or with a gate; precedes its first
+    TextEvent.
 
-    relative_dose: the largest |delta_l| / |h_l| over the layers, after the cap. failure: why the
-    shift could not be measured; then nothing is subtracted (`on_error` is serve-unsteered).
+    relative_dose: the largest |delta_l| / |h_l| over the layers, after gate and cap. failure: why
+    shift or gate could not be measured; then nothing is subtracted (`on_error` is serve-unsteered).
+    opening: the share of alpha, 0..1, that the gate lets through; None without a gate.
     """
 
     relative_dose: float
     failure: str | None = None
+    opening: float | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,8 @@ class RequestTimings:
     """Seconds, from a monotonic clock.
 
     `inject_s`: spent subtracting in this request's passes. `shift_s`: spent on the two extra
-    prompts of the sample level, by their share of the tokens of each pass.
+    prompts of the sample level, and on the last token that a gate reads and that runs again
+    steered, by their share of the tokens of each pass.
     """
 
     queue_s: float

@@ -70,7 +70,7 @@ async def create_chat_completion(request: Request) -> Response:
         inputs=inputs,
         params=sampling_params(wire),
         plan=plan,
-        delta=steering.delta,
+        steering=steering,
         emit=generation.emit,
         timeout_s=deadline - time.monotonic(),
         namespace=policy.tenant,

@@ -58,9 +58,9 @@ async def test_a_tenants_policy_is_tried_with_its_vectors(
             "single:1",
         )
         (request,) = fake_engine.requests
-        assert request.delta is not None
+        assert request.steering.delta is not None
         # Layer 1's Delta is (1, 0, 0, 0): see make_vectors.
-        assert request.delta[:, 0].tolist() == [0, 0.5, 0]
+        assert request.steering.delta[:, 0].tolist() == [0, 0.5, 0]
         assert request.namespace not in ("", "acme", "default")
         # The strongest layer's |Delta| / |h| is 0.15, so that alpha 7 is over a dose of 1.
         strong = {"schedule": "all", "alpha_max": 10}

@@ -33,6 +33,7 @@ from server.engine.types import (
     TokenLogprob,
 )
 from steering.corruption import Corruption
+from steering.methods import RowSteering
 from steering.models import LoadedModel, identity_of
 from steering.plan import Schedule, SteeringPlan
 from steering.projection import Reference
@@ -90,7 +91,7 @@ class Answer:
 
     @property
     def applied(self) -> SteeringApplied:
-        """What the sample level came to; it precedes all text."""
+        """What the sample level or a gate came to; it precedes all text."""
         assert isinstance(self.events[0], SteeringApplied)
         assert sum(isinstance(event, SteeringApplied) for event in self.events) == 1
         return self.events[0]
@@ -126,6 +127,8 @@ class EngineUnderTest:
         delta: Tensor | None = None,
         alpha: float = 1.0,
         sample: SteeringPlan | None = None,
+        plan: SteeringPlan | None = None,
+        steering: RowSteering | None = None,
         inputs: EngineInputs | None = None,
         timeout_s: float = float("inf"),
         namespace: str = "",
@@ -137,14 +140,15 @@ class EngineUnderTest:
     ) -> Answer:
         """Submit a request; greedy with the top 5 log-probabilities unless told otherwise.
 
-        delta: steered at dataset level by alpha * delta; sample: at sample level by this plan.
+        delta: steered at dataset level by alpha * delta; sample: at sample level by this plan;
+        plan, steering: by whatever they say.
         """
         answer = Answer(f"request-{next(_ids)}", on_event=on_event)
         defaults = {"max_tokens": 6, "temperature": 0.0, "top_logprobs": 5, "ignore_eos": True}
-        plan = SteeringPlan()
-        if sample is not None:
-            plan = sample
-        elif delta is not None and alpha:
+        plan = plan or sample or SteeringPlan()
+        if steering is None:
+            steering = RowSteering(None if delta is None else alpha * delta)
+        if delta is not None and alpha:
             plan = SteeringPlan(mode="dataset", alpha=alpha, vector_id="0" * 64, reason=None)
         self.engine.submit(
             EngineRequest(
@@ -152,7 +156,7 @@ class EngineUnderTest:
                 inputs=inputs or self.inputs(prompt, images, plan.corruption_in_force),
                 params=SamplingParams(**(defaults | params)),
                 plan=plan,
-                delta=None if delta is None else alpha * delta,
+                steering=steering,
                 emit=answer.emit,
                 timeout_s=timeout_s,
                 namespace=namespace,

@@ -21,7 +21,7 @@ from transformers import (
 from server.engine.batch import Batch, Chunk, Output, Rows, Shift
 from server.engine.cache import KVShape, PromptCache, Slab
 from server.engine.decoders import DecoderChoice, build_decoder
-from server.engine.fused import _Steering
+from server.engine.steering_pass import SteeringPass
 from server.engine.types import EngineError, Failed
 from steering.plan import Schedule
 from tests.server.engine.conftest import FUSED, Serve, built, sample_plan, wait_until
@@ -282,43 +282,43 @@ def test_in_bfloat16_the_fused_pass_is_no_further_from_float32_than_the_models_o
 
 # Pitfall 2: steering that does not have its turn, or whose work is lost
 
-Turn = Callable[[_Steering, int, Tensor], None]
-_at = _Steering.at
+Turn = Callable[[SteeringPass, int, Tensor], None]
+_at = SteeringPass.at
 
 
 def no_turn(*_: Any) -> None:
     pass
 
 
-def counts_only(steering: _Steering, _layer: int, _hidden: Tensor) -> None:
+def counts_only(steering: SteeringPass, _layer: int, _hidden: Tensor) -> None:
     steering.fired += 1
 
 
-def skips_a_layer(steering: _Steering, layer: int, hidden: Tensor) -> None:
+def skips_a_layer(steering: SteeringPass, layer: int, hidden: Tensor) -> None:
     if layer != 1:
         _at(steering, layer, hidden)
 
 
-def skips_a_layer_and_counts_it(steering: _Steering, layer: int, hidden: Tensor) -> None:
+def skips_a_layer_and_counts_it(steering: SteeringPass, layer: int, hidden: Tensor) -> None:
     (counts_only if layer == 1 else _at)(steering, layer, hidden)
 
 
-def counts_short(steering: _Steering, layer: int, hidden: Tensor) -> None:
+def counts_short(steering: SteeringPass, layer: int, hidden: Tensor) -> None:
     _at(steering, layer, hidden)
     steering.fired -= layer == 2
 
 
-def passes_on_something_else(steering: _Steering, layer: int, hidden: Tensor) -> None:
+def passes_on_something_else(steering: SteeringPass, layer: int, hidden: Tensor) -> None:
     _at(steering, layer, hidden.clone())
 
 
-def passes_on_half(steering: _Steering, layer: int, hidden: Tensor) -> None:
+def passes_on_half(steering: SteeringPass, layer: int, hidden: Tensor) -> None:
     before = hidden.clone()
     _at(steering, layer, hidden)
     hidden.lerp_(before, 0.5)
 
 
-def reaches_a_neighbour(steering: _Steering, layer: int, hidden: Tensor) -> None:
+def reaches_a_neighbour(steering: SteeringPass, layer: int, hidden: Tensor) -> None:
     before = hidden.clone()
     _at(steering, layer, hidden)
     hidden[-1] += (hidden - before).sum(dim=0)
@@ -344,7 +344,7 @@ def test_a_fused_pass_that_steers_wrongly_is_not_ready(
     turn: Turn,
     message: str,
 ) -> None:
-    monkeypatch.setattr(_Steering, "at", turn)
+    monkeypatch.setattr(SteeringPass, "at", turn)
     with pytest.raises(EngineError, match=message):
         start_engine(tiny_llava, decoder="fused")
 
@@ -359,7 +359,7 @@ def test_steering_that_loses_its_turn_in_service_ends_the_engine_and_every_reque
         running = [under_test.ask("Hi", max_tokens=200) for _ in range(2)]
         waiting = under_test.ask("Hi")
         wait_until(lambda: all(answer.events for answer in running))
-        monkeypatch.setattr(_Steering, "at", turn)
+        monkeypatch.setattr(SteeringPass, "at", turn)
         for answer in (*running, waiting):
             end = answer.wait().terminal
             assert isinstance(end, Failed) and end.kind == "engine"

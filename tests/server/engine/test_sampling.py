@@ -9,6 +9,7 @@ import torch
 from server.engine.sampling import adjusted, draw, filtered_probs, logprobs, sample
 from server.engine.sequences import ActiveRequest, Sequence
 from server.engine.types import EngineInputs, EngineRequest, Prompt, SamplingParams
+from steering.methods import RowSteering
 from steering.plan import SteeringPlan
 from tests.tiny_models import byte_tokenizer
 
@@ -18,7 +19,12 @@ TOKENIZER = byte_tokenizer()
 def row(generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), **params: Any) -> Sequence:
     inputs = EngineInputs(Prompt(prompt, (), torch.arange(len(prompt))[None], len(prompt)))
     request = EngineRequest(
-        "r", inputs, SamplingParams(**({"max_tokens": 9} | params)), SteeringPlan(), None, print
+        "r",
+        inputs,
+        SamplingParams(**({"max_tokens": 9} | params)),
+        SteeringPlan(),
+        RowSteering(),
+        print,
     )
     sequence = Sequence(ActiveRequest(request, 9), 0, TOKENIZER)
     sequence.token_ids = list(generated)

@@ -16,6 +16,7 @@ from server.engine.types import (
     SamplingParams,
     ShiftPair,
 )
+from steering.methods import RowSteering
 from steering.plan import SteeringPlan
 from tests.tiny_models import byte_tokenizer
 
@@ -34,7 +35,7 @@ def active(
     plan = SteeringPlan() if pair is None else SAMPLE
     params = SamplingParams(max_tokens, n=n)
     inputs = EngineInputs(own, pair)
-    return ActiveRequest(EngineRequest("r", inputs, params, plan, None, print), max_tokens)
+    return ActiveRequest(EngineRequest("r", inputs, params, plan, RowSteering(), print), max_tokens)
 
 
 def request(prompt_len: int, max_tokens: int = 10, n: int = 1) -> ActiveRequest:

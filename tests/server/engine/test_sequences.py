@@ -14,6 +14,7 @@ from server.engine.types import (
     SamplingParams,
     ShiftPair,
 )
+from steering.methods import RowSteering
 from steering.plan import SteeringPlan
 from tests.server.engine.conftest import Serve, conversation, picture, sample_plan
 from tests.tiny_models import TinyModel
@@ -27,7 +28,9 @@ def request(
     plan: SteeringPlan, pair: ShiftPair | None, delta: torch.Tensor | None
 ) -> ActiveRequest:
     inputs = EngineInputs(PROMPT, pair)
-    return ActiveRequest(EngineRequest("r7", inputs, SamplingParams(), plan, delta, print), 9)
+    return ActiveRequest(
+        EngineRequest("r7", inputs, SamplingParams(), plan, RowSteering(delta), print), 9
+    )
 
 
 def test_a_sample_plan_without_its_pair_is_refused() -> None:
@@ -61,7 +64,7 @@ def test_who_submits_such_a_request_is_told_and_the_engine_goes_on(
 ) -> None:
     under_test = start_engine(tiny_llava)
     inputs = under_test.engine.prepare(conversation("Hi", 1), [picture(1)])
-    wrong = EngineRequest("wrong", inputs, SamplingParams(), sample_plan(), None, print)
+    wrong = EngineRequest("wrong", inputs, SamplingParams(), sample_plan(), RowSteering(), print)
     for plan in (sample_plan(), DATASET):
         with pytest.raises(MissingShiftError, match="wrong"):
             under_test.engine.submit(replace(wrong, plan=plan))

@@ -65,7 +65,7 @@ def test_a_text_prompt_is_never_steered_and_the_answer_says_so(
     response = client.post(PATH, json=chat_body("Hi"))
     assert response.headers["x-deshift-steering"] == "mode=off; reason=text-only; revision=0"
     assert response.json()["steering"]["reason"] == "text-only"
-    assert fake_engine.requests[0].delta is None
+    assert fake_engine.requests[0].steering.delta is None
 
 
 def test_an_image_prompt_is_steered_by_the_policy(
@@ -81,6 +81,7 @@ def test_an_image_prompt_is_steered_by_the_policy(
     assert steering == {
         "mode": "dataset",
         "alpha": 0.5,
+        "gate_opening": None,
         "method": "subtract",
         "schedule": "all",
         "vector": vectors.id,
@@ -90,7 +91,7 @@ def test_an_image_prompt_is_steered_by_the_policy(
         "shift_ms": 0.0,
         "reason": None,
     }
-    delta = fake_engine.requests[0].delta
+    delta = fake_engine.requests[0].steering.delta
     assert delta is not None and torch.equal(delta, 0.5 * vectors.mean)
 
 
@@ -402,7 +403,8 @@ def test_where_any_override_is_allowed_alpha_is_the_clients(
     assert off.headers["x-deshift-steering"] == "mode=off; reason=disabled; revision=0"
     zero = client.post(PATH, json=chat_body(images=1, steering={"alpha": 0}))
     assert zero.headers["x-deshift-steering"] == "mode=off; reason=alpha-zero; revision=0"
-    assert [request.delta is None for request in fake_engine.requests] == [False, True, True]
+    deltas = [request.steering.delta for request in fake_engine.requests]
+    assert [delta is None for delta in deltas] == [False, True, True]
     assert fake_engine.corruptions == [None] * 3
 
 
@@ -466,7 +468,7 @@ def test_without_vectors_an_operator_may_choose_to_serve_unsteered_and_the_answe
         response.headers["x-deshift-steering"] == "mode=off; reason=vectors-unavailable; revision=0"
     )
     assert response.json()["steering"]["reason"] == "vectors-unavailable"
-    assert fake_engine.requests[0].delta is None
+    assert fake_engine.requests[0].steering.delta is None
     ready = client.get("/ready")
     assert ready.status_code == 200 and "missing" in ready.json()["steering"]["problem"]
 

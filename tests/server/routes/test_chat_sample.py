@@ -56,6 +56,7 @@ def test_the_engine_gets_a_pair_and_no_delta_and_the_answer_says_what_came_of_it
     assert steering == {
         "mode": "sample",
         "alpha": 0.2,
+        "gate_opening": None,
         "method": "subtract",
         "schedule": "incremental",
         "vector": None,
@@ -67,7 +68,7 @@ def test_the_engine_gets_a_pair_and_no_delta_and_the_answer_says_what_came_of_it
     }
     (request,) = fake_engine.requests
     assert fake_engine.corruptions == ["blank"]
-    assert request.inputs.pair is not None and request.delta is None
+    assert request.inputs.pair is not None and request.steering.delta is None
     assert (request.on_error, request.namespace) == ("reject", "default")
     assert (request.plan.mode, request.plan.max_relative_dose) == ("sample", 1.0)
 
@@ -181,6 +182,7 @@ def test_under_serve_unsteered_a_shift_that_fails_is_an_answer_that_says_so(
     assert steering_of(response) == {
         "mode": "off",
         "alpha": 0.0,
+        "gate_opening": None,
         "method": None,
         "schedule": None,
         "vector": None,
@@ -241,3 +243,21 @@ def test_the_streams_head_waits_for_the_shift(
     response = client.post(PATH, json=chat_body(images=1, stream=True))
     assert response.headers["x-deshift-steering"] == SHIFT_FAILED
     assert steering_of(response)["reason"] == "shift-failed"
+
+
+def test_the_answer_tells_what_the_gate_let_through(
+    sample_for: Callable[..., TestClient], fake_engine: FakeEngine
+) -> None:
+    """The strength in the answer is the one applied, the header's the policy's."""
+    fake_engine.script = plays(
+        SteeringApplied(0.03, opening=0.25),
+        TextEvent(0, "a"),
+        ChoiceFinished(0, "stop"),
+        Finished(1, 1, TIMINGS),
+    )
+    for stream in (False, True):
+        response = sample_for().post(PATH, json=chat_body(images=1, stream=stream))
+        assert "alpha=0.2;" in response.headers["x-deshift-steering"]
+        steering = steering_of(response)
+        told = steering["alpha"], steering["gate_opening"], steering["relative_dose"]
+        assert told == (0.05, 0.25, 0.03)

@@ -62,8 +62,9 @@ def test_a_toggle_during_an_answer_leaves_it_its_plan_and_one_revision(
     assert chunks_of(new)[-1]["steering"]["revision"] == after
     first, second = fake_engine.requests
     assert (first.plan.alpha, first.plan.revision, first.on_error) == (0.5, before, "reject")
-    assert first.delta is not None and torch.equal(first.delta, 0.5 * make_vectors().mean)
-    assert (second.delta, second.on_error) == (None, "serve-unsteered")
+    delta = first.steering.delta
+    assert delta is not None and torch.equal(delta, 0.5 * make_vectors().mean)
+    assert (second.steering.delta, second.on_error) == (None, "serve-unsteered")
 
 
 def _one_choice() -> Any:
@@ -132,7 +133,8 @@ def test_a_policy_that_cannot_be_followed_is_not_the_clients_fault(
     assert not fake_engine.requests
     served = ask(client, tenants.create("b", on_error="serve-unsteered", **policy), images=1)
     assert (served.status_code, served.json()["steering"]["reason"]) == (200, reason)
-    assert not fake_engine.requests[0].plan.is_active and fake_engine.requests[0].delta is None
+    (request,) = fake_engine.requests
+    assert not request.plan.is_active and request.steering.delta is None
 
 
 # ----------------------------------------------------------------------------- what clients may ask
@@ -202,7 +204,7 @@ def test_the_kill_switch_holds_for_every_tenant_and_keeps_their_values(
     for key in keys:
         steering = ask(client, key, images=1).json()["steering"]
         assert (steering["mode"], steering["reason"]) == ("off", "kill-switch")
-    assert [request.delta for request in fake_engine.requests] == [None, None]
+    assert [request.steering.delta for request in fake_engine.requests] == [None, None]
     kill("reject")
     for key in keys:
         response = ask(client, key, images=1)
