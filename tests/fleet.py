@@ -217,14 +217,18 @@ class Fleet:
 
 
 @contextmanager
-def running_fleet(folder: Path) -> Iterator[Fleet]:
-    """Everything started, a vector set in force and a tenant with a key."""
+def running_fleet(folder: Path, **environment: str) -> Iterator[Fleet]:
+    """Everything started, a vector set in force and a tenant with a key.
+
+    environment: more settings of both replicas.
+    """
     redis = RedisServer(folder / "redis")
     redis.start()
     replicas: list[Replica] = []
     try:
         model = build_tiny_llava().save(folder / "tiny-llava")
-        replicas += [_started(folder, model, redis, name) for name in ("one", "two")]
+        for name in ("one", "two"):
+            replicas.append(_started(folder, model, redis, name, **environment))
         vector = _extracted(folder, model, redis)
         for replica in replicas:
             replica.wait_until_up()
@@ -243,9 +247,11 @@ def running_fleet(folder: Path) -> Iterator[Fleet]:
         redis.kill()
 
 
-def _started(folder: Path, model: Path, redis: RedisServer, name: str) -> Replica:
+def _started(
+    folder: Path, model: Path, redis: RedisServer, name: str, **environment: str
+) -> Replica:
     log = folder / f"{name}.log"
-    environment = {
+    settings = {
         "DESHIFT_STORE": redis.url("deshift-server"),
         "DESHIFT_ADMIN_STORE": redis.url("deshift-operator"),
         "DESHIFT_ADMIN_KEYS": f"alice:{OPERATOR_KEY}",
@@ -262,7 +268,7 @@ def _started(folder: Path, model: Path, redis: RedisServer, name: str) -> Replic
                 *(sys.executable, "-m", "server.cli", "serve", "--model", str(model)),
                 *("--port", "0", "--dtype", "float32", "--max-model-len", "512"),
             ],
-            env=os.environ | environment,
+            env=os.environ | settings | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
         )

@@ -16,11 +16,16 @@ from tests.server.engine.conftest import picture
 QUESTION = "What does the zebra say"
 
 
-def chat(text: str = QUESTION, *, max_tokens: int = 8, with_picture: bool = True) -> dict[str, Any]:
-    """A request's body; the answer is streamed and has exactly `max_tokens` tokens."""
+def chat(
+    text: str = QUESTION, *, max_tokens: int = 8, with_picture: bool = True, seed: int = 1
+) -> dict[str, Any]:
+    """A request's body; the answer is streamed and has exactly `max_tokens` tokens.
+
+    seed: another one is another picture.
+    """
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if with_picture:
-        parts.insert(0, {"type": "image_url", "image_url": {"url": picture_url()}})
+        parts.insert(0, {"type": "image_url", "image_url": {"url": picture_url(seed)}})
     return {
         "model": "tiny-llava",
         "messages": [{"role": "user", "content": parts}],
@@ -30,9 +35,9 @@ def chat(text: str = QUESTION, *, max_tokens: int = 8, with_picture: bool = True
     }
 
 
-def picture_url() -> str:
+def picture_url(seed: int = 1) -> str:
     buffer = io.BytesIO()
-    picture(1).save(buffer, "PNG")
+    picture(seed).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

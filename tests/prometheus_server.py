@@ -115,10 +115,13 @@ class PrometheusServer:
         """Each series of the selectors in an expression that has exemplars, with these."""
         return list(self._get("query_exemplars", query=expression, start=start, end=end))
 
-    def label_values(self, label: str, selector: str | None = None) -> list[str]:
-        """As Grafana's `label_values`; without a selector, of all series."""
-        match = {} if selector is None else {"match[]": selector}
-        return list(self._get(f"label/{label}/values", **match))
+    def series(self, selector: str, start: float, end: float) -> list[dict[str, str]]:
+        """The labels of what a selector finds, also of what has ended by now. Raises QueryError."""
+        return list(self._get("series", **{"match[]": selector}, start=start, end=end))
+
+    def label_values(self, label: str, selector: str) -> list[str]:
+        """As Grafana's `label_values`."""
+        return list(self._get(f"label/{label}/values", **{"match[]": selector}))
 
     def targets(self) -> list[dict[str, Any]]:
         """The active ones, each with `health` and `lastError`."""
