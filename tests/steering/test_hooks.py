@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steering.hooks import Injection, record, steer, subtract_at
+from steering.hooks import Injection, project_at, record, steer, subtract_at
 from steering.layers import decoder_layers
 from steering.stopwatch import ClockStopwatch, Seconds
 from tests.steering.samples import AddingModel
@@ -196,6 +196,44 @@ def test_subtracting_returns_a_new_tensor() -> None:
         before = hidden.clone()
         subtract_at(hidden, torch.ones(2, 2), 0)
         assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_projecting_moves_one_token_of_the_rows_that_have_a_basis(
+    dtype: torch.dtype, num_tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, num_tokens, 64, generator=generator).to(dtype)
+    before, token = hidden.clone(), num_tokens // 2
+    vectors = torch.linalg.qr(torch.randn(64, 3, generator=generator)).Q.T
+    basis = torch.stack([vectors, torch.zeros_like(vectors)])
+    steered = project_at(hidden, basis, token)
+    assert steered.dtype == dtype and torch.equal(hidden, before)
+    left = vectors @ steered[0, token].float()
+    assert left.norm() < (1e-5 if dtype == torch.float32 else 0.02)
+    assert (vectors @ hidden[0, token].float()).norm() > 0.5
+    steered[0, token] = hidden[0, token]
+    assert torch.equal(steered, hidden), "whatever else there is stays as it was"
+
+
+def test_a_pass_may_subtract_from_some_rows_and_project_others() -> None:
+    model = AddingModel(CONSTANTS)
+    size = HIDDEN.shape[-1]
+    bases = torch.zeros(len(model.layers), 2, 1, size)
+    bases[:, 1, 0, 0] = 1.0  # takes the first coordinate of the second row away
+    table = deltas() * torch.tensor([1.0, 0.0])[None, :, None]
+    plain = model(HIDDEN)
+    with steer(model.layers) as injector:
+        injector.injection = Injection(table, token=2)
+        subtracted = model(HIDDEN)
+        injector.injection = Injection(None, token=2, bases=bases)
+        projected = model(HIDDEN)
+        injector.injection = Injection(table, token=2, bases=bases)
+        both = model(HIDDEN)
+    assert not torch.equal(subtracted[0], plain[0]) and not torch.equal(projected[1], plain[1])
+    assert torch.equal(both[0], subtracted[0]) and torch.equal(both[1], projected[1])
+    assert projected[1, 2, 0] == 0.0 and torch.equal(projected[0], plain[0])
 
 
 def bfloat16_step(relative: float, size: int, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import PlanError
-from steering.ops import dose, pairwise_cosine_of_sum, scheduled
+from steering.ops import dose, pairwise_cosine_of_sum, scheduled, within
 from steering.plan import Schedule
 
 MEAN = torch.tensor([[1.0, 2.0], [4.0, 8.0], [5.0, 5.0]])
@@ -77,3 +77,12 @@ def test_consistency_is_one_for_parallel_and_minus_one_for_opposed_shifts() -> N
 def test_a_shift_of_zero_counts_as_no_direction() -> None:
     shifts = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 0.0]]])
     assert consistency(shifts).item() == pytest.approx(1 / 3)
+
+
+def test_the_part_within_a_subspace() -> None:
+    hidden = torch.tensor([[3.0, 4.0, 5.0], [3.0, 4.0, 5.0], [1.0, 2.0, 3.0]])
+    plane = [[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]]
+    line = [[0.0, 0.0, 0.5], [0.0, 0.0, 0.0]]  # a quarter of it, filled up
+    basis = torch.tensor([plane, line, [[0.0] * 3] * 2])
+    expected = [[3.0, 0.6 * 6.4, 0.8 * 6.4], [0.0, 0.0, 1.25], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(within(hidden, basis), torch.tensor(expected))

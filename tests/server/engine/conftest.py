@@ -306,10 +306,12 @@ def reference_log_probs(
     images: Sequence[Image.Image],
     answer_ids: Sequence[int],
     delta: Tensor | None = None,
+    basis: Tensor | None = None,
 ) -> Tensor:
     """(tokens, V) log-probabilities of an answer, by one pass of the bare model without a cache.
 
-    Its own hooks subtract delta from the last prompt token and from every answer token.
+    Its own hooks subtract delta (L, D), or the state's part in basis (L, k, D), from the last
+    prompt token and from every answer token.
     """
     batch = _processed(tiny, messages, images)
     prompt_len = batch["input_ids"].shape[1]
@@ -321,25 +323,38 @@ def reference_log_probs(
             batch[types] = torch.cat([batch[types], torch.zeros_like(answer)], dim=1)
 
     def steer(layer: int, hidden: Tensor) -> Tensor:
-        assert delta is not None
         mask = torch.arange(hidden.shape[1])[None, :, None] >= prompt_len - 1
-        return torch.where(mask, hidden - delta[layer].to(hidden.dtype), hidden)
+        steered = hidden
+        if delta is not None:
+            steered = steered - delta[layer].to(hidden.dtype)
+        if basis is not None:
+            steered = steered - sum(
+                (steered @ vector)[..., None] * vector for vector in basis[layer]
+            )
+        return torch.where(mask, steered, hidden)
 
-    with _hooked(tiny, None if delta is None else steer), torch.no_grad():
+    steers = delta is not None or basis is not None
+    with _hooked(tiny, steer if steers else None), torch.no_grad():
         logits = tiny.model(**batch, use_cache=False).logits[0, prompt_len - 1 :]
     return torch.log_softmax(logits.float(), dim=-1)
 
 
 def assert_equals_reference(
-    tiny: TinyModel, answer: Answer, prompt: Any, images: list[Any], delta: Tensor | None
+    tiny: TinyModel,
+    answer: Answer,
+    prompt: Any,
+    images: list[Any],
+    delta: Tensor | None,
+    basis: Tensor | None = None,
+    index: int = 0,
 ) -> None:
     """The greedy answer's tokens and log-probabilities are those of one cache-free pass."""
-    messages = conversation(prompt, len(images))
-    expected = reference_log_probs(tiny, messages, images, answer.token_ids(), delta)
-    assert answer.token_ids() == expected.argmax(dim=-1).tolist()
-    chosen = torch.tensor([token.logprob for token in answer.logprobs()])
+    messages, token_ids = conversation(prompt, len(images)), answer.token_ids(index)
+    expected = reference_log_probs(tiny, messages, images, token_ids, delta, basis)
+    assert token_ids == expected.argmax(dim=-1).tolist()
+    chosen = torch.tensor([token.logprob for token in answer.logprobs(index)])
     torch.testing.assert_close(chosen, expected.amax(dim=-1), **TOLERANCE)
-    torch.testing.assert_close(answer.top(), expected.topk(5).values.flip(-1), **TOLERANCE)
+    torch.testing.assert_close(answer.top(index), expected.topk(5).values.flip(-1), **TOLERANCE)
 
 
 def reference_last_hidden(

@@ -18,6 +18,7 @@ from server.engine.canary import run_canary
 from server.engine.decoders import DecoderChoice, build_decoder
 from server.engine.families import family_of
 from server.engine.types import EngineError
+from steering.ops import within
 from tests.server.engine.conftest import Serve
 from tests.tiny_models import TinyModel
 
@@ -126,6 +127,43 @@ def test_a_decoder_that_measures_or_applies_shifts_wrongly_does_not_start(
 
     monkeypatch.setattr("server.engine.engine.build_decoder", build)
     with pytest.raises(EngineError, match=BREAKS[act]):
+        start_engine(tiny_llava, decoder=decoder)
+
+
+def takes_nothing(hidden: Tensor, _basis: Tensor) -> Tensor:
+    return torch.zeros_like(hidden)
+
+
+def takes_half(hidden: Tensor, basis: Tensor) -> Tensor:
+    return 0.5 * within(hidden, basis)
+
+
+def takes_of_a_neighbour(hidden: Tensor, basis: Tensor) -> Tensor:
+    return within(hidden, basis) + 0.1 * hidden.roll(1, dims=0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "module"), [("eager", "steering.hooks"), ("fused", "server.engine.steering_pass")]
+)
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (takes_nothing, "canary: at layer 0 the hidden state moved by 0,"),
+        (takes_half, "canary: at layer 0 .* the error is 50"),
+        (takes_of_a_neighbour, "canary: at layer 0 .* the error is"),
+    ],
+)
+def test_a_decoder_that_projects_wrongly_does_not_start(
+    tiny_llava: TinyModel,
+    start_engine: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    decoder: str,
+    module: str,
+    act: Callable[[Tensor, Tensor], Tensor],
+    message: str,
+) -> None:
+    monkeypatch.setattr(f"{module}.within", act)
+    with pytest.raises(EngineError, match=message):
         start_engine(tiny_llava, decoder=decoder)
 
 

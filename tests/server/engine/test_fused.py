@@ -1,9 +1,11 @@
 """The fused decoder against the eager one, and what happens when its steering breaks."""
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from server.engine.batch import Batch, Chunk, Output, Rows, Shift
+from server.engine.batch import Batch, Chunk, Output, Rows, Shift, stacked_bases
 from server.engine.cache import KVShape, PromptCache, Slab
 from server.engine.decoders import DecoderChoice, build_decoder
 from server.engine.steering_pass import SteeringPass
@@ -27,6 +29,7 @@ from steering.plan import Schedule
 from tests.server.engine.conftest import FUSED, Serve, built, sample_plan, wait_until
 from tests.tiny_models import TinyModel, build_tiny_llava
 
+CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 264,
     "hidden_size": 32,
@@ -97,19 +100,22 @@ class Batches:
 
     def all(self, with_pair: bool) -> list[Batch]:
         """The beginnings of six prompts; their ends beside rows of two slabs, with a pair and its
-        shift among them; rows alone, unsteered; a prompt of one token."""
+        shift and subspaces of several ranks among them; rows alone, unsteered, then some of them
+        projected; a prompt of one token."""
         lengths = [self._chance.randrange(2, 30) for _ in range(6)]
         cuts = [self._chance.randrange(1, length) for length in lengths]
         prompts = [self._prompt(length) for length in lengths]
         begins = [self._chunk(p, 0, cut) for p, cut in zip(prompts, cuts, strict=True)]
         plan = sample_plan(0.7, Schedule.parse(self._chance.choice(["incremental", "range:1-2"])))
+        directions = torch.nn.functional.normalize(self._delta(), dim=-1)
+        along = directions if self._chance.random() < 0.5 else None
         steering: list[dict[str, Any]] = [
             {"delta": self._delta()},
             {"wants_hidden": False},
             {"wants_hidden": False},
-            {"shift": Shift(plan, corrupted=1, text_only=2)} if with_pair else {},
-            {"delta": self._delta()},
-            {},
+            {"shift": Shift(plan, 1, 2, along)} if with_pair else {},
+            {"basis": self._basis(2)},
+            {"basis": self._basis(3)},
         ]
         ends = [
             self._chunk(prompt, cut, length, **how)
@@ -119,10 +125,15 @@ class Batches:
         long = self._slab(128, [self._chance.randrange(1, 120) for _ in range(2)])
         deltas = torch.stack([self._delta() for _ in range(5)], dim=1)
         deltas[:, 2] = 0.0
+        bases = stacked_bases([None, None, self._basis(3), None, self._basis(1)], CPU)
+        assert bases is not None
+        deltas[:, 4] = 0.0
+        both = {"deltas": deltas.to(self._dtype), "bases": bases}
         return [
             Batch(chunks=tuple(begins)),
-            Batch(tuple(ends), (self._rows(*short), self._rows(*long)), deltas.to(self._dtype)),
+            Batch(tuple(ends), (self._rows(*short), self._rows(*long)), **both),
             Batch(slabs=(self._rows(*short, at=1), self._rows(*long, at=1))),
+            Batch(slabs=(self._rows(*short, at=2), self._rows(*long, at=2)), bases=bases),
             Batch(chunks=(self._chunk(self._prompt(1), 0, 1, delta=self._delta()),)),
         ]
 
@@ -131,6 +142,11 @@ class Batches:
 
     def _delta(self) -> Tensor:
         return 0.5 * self._random(*self._sizes)
+
+    def _basis(self, rank: int) -> Tensor:
+        """Of 0.8 times the whole of a subspace."""
+        num_layers, size = self._sizes
+        return math.sqrt(0.8) * torch.linalg.qr(self._random(num_layers, size, rank)).Q.mT
 
     def _prompt(self, length: int) -> tuple[Tensor, Tensor, PromptCache]:
         embeds = self._random(length, self._sizes[1]).to(self._dtype)
@@ -203,7 +219,7 @@ def test_a_trace_shows_what_the_models_own_layers_are_given(name: str) -> None:
         return [decoder.trace(batch)[0] for batch in batches]
 
     fused, eager = decoded("fused", model, trace), decoded("eager", model, trace)
-    assert [states.shape[1] for states in fused] == [6, 11, 5, 1]
+    assert [states.shape[1] for states in fused] == [6, 11, 5, 5, 1]
     for states, expected in zip(fused, eager, strict=True):
         close(states, expected)
 
@@ -260,6 +276,32 @@ def test_in_bfloat16_a_step_of_any_size_keeps_its_length(
         layer = number % num_layers
         moved, planned = (plain - steered)[layer, number], deltas[layer, number]
         assert float((moved - planned).norm()) < 0.02 * float(planned.norm())
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 0.01, 1.0])
+def test_in_bfloat16_any_share_of_a_subspace_is_taken_away_whole(alpha: float) -> None:
+    """Pitfall 8 for the method project, of chunks and of rows."""
+    model = copy.deepcopy(model_of("llava")).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.linalg.qr(torch.randn(32, 2, generator=generator)).Q.T
+
+    def trace(decoder: Any) -> list[Tensor]:
+        return [decoder.trace(batch(scale))[0] for scale in (0.0, math.sqrt(alpha))]
+
+    def batch(scale: float) -> Batch:
+        _, mixed, *_ = Batches(model, 1).all(with_pair=False)
+        basis = torch.zeros(3, 2, 32)
+        basis[0] = scale * vectors
+        chunk = replace(
+            mixed.chunks[0], cache=PromptCache(KVShape.of(model), mixed.chunks[0].end), basis=basis
+        )
+        chunk = replace(chunk, start=0, end=len(chunk), delta=None)
+        return Batch((chunk,), mixed.slabs[:1], bases=stacked_bases([basis] * 3, CPU))
+
+    plain, steered = decoded("fused", model, trace)
+    for before, after in zip(plain[0], steered[0], strict=True):
+        planned = alpha * sum((before @ vector) * vector for vector in vectors)
+        assert float((before - after - planned).norm()) < 0.02 * float(planned.norm())
 
 
 def test_in_bfloat16_the_fused_pass_is_no_further_from_float32_than_the_models_own() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from server.engine.types import (
     SamplingParams,
     ShiftPair,
 )
-from steering.methods import RowSteering
-from steering.plan import SteeringPlan
+from steering.methods import GateReader, RowSteering
+from steering.plan import Gate, SteeringPlan
 from tests.tiny_models import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 SAMPLE = SteeringPlan(mode="sample", alpha=1.0, reason=None)
+GATED = replace(SAMPLE, gate=Gate(0), vector_id="0" * 64)
 
 
 def prompt(length: int, *pictures: tuple[int, int]) -> Prompt:
@@ -229,3 +231,40 @@ def test_random_prompts_advance_in_order_and_within_the_budget(
             if any(ended):
                 for row in finish_prefill(sched, each):
                     sched.leave(row)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 5, 100])
+def test_a_gate_is_read_before_the_own_prompts_last_token(budget: int) -> None:
+    """Mode dataset: it runs to its end, and that token again. Mode sample: the pair's last tokens
+    run together, the own prompt's alone in the next step."""
+    reader = GateReader(Gate(0), torch.ones(4), 0.0)
+    pair = ShiftPair(prompt(7), prompt(4))
+    for plan, pairs in ((replace(GATED, mode="dataset", vector_id="0" * 64), None), (GATED, pair)):
+        scheduler = Scheduler(4, 1000, lambda length: length)
+        inputs = EngineInputs(prompt(7), pairs)
+        steering = RowSteering(torch.ones(1, 4), gate=reader)
+        request = EngineRequest("r", inputs, SamplingParams(9), plan, steering, print)
+        asked = ActiveRequest(request, 9)
+        scheduler.add(asked)
+        chunks = scheduler.schedule(budget)
+        seen: list[tuple[str, int]] = []  # whose tokens have run
+        while not any(chunk.reads_gate for chunk in chunks):
+            assert chunks and not any(chunk.ends_prefill for chunk in chunks)
+            seen += tokens(chunks)
+            chunks = scheduler.schedule(budget)
+        read_with = tokens(chunks)
+        own_end = 7 if pairs is None else 6
+        expected = [("own", token) for token in range(own_end)]
+        if pairs is not None:
+            expected += [("corrupted", t) for t in range(7)] + [("text-only", t) for t in range(4)]
+            assert {("corrupted", 6), ("text-only", 3)} <= {*read_with}
+        assert sorted(seen + read_with) == sorted(expected)
+        asked.go_on_through_gate(0.5)
+        (last,) = scheduler.schedule(budget)
+        assert (last.state, last.start, last.end) == (asked.own, 6, 7)
+        assert last.ends_prefill and not last.reads_gate
+
+
+def tokens(chunks: list[PrefillChunk]) -> list[tuple[str, int]]:
+    """Whose they are, and where."""
+    return [(c.state.role, token) for c in chunks for token in range(c.start, c.end)]

@@ -1,6 +1,7 @@
 """What a request must bring to be steered."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from server.engine.types import (
     SamplingParams,
     ShiftPair,
 )
-from steering.methods import RowSteering
-from steering.plan import SteeringPlan
+from steering.methods import GateReader, RowSteering
+from steering.plan import Gate, SteeringPlan
 from tests.server.engine.conftest import Serve, conversation, picture, sample_plan
 from tests.tiny_models import TinyModel
 
 PROMPT = Prompt((1, 2, 3), (), torch.arange(3)[None], 3)
 PAIR = ShiftPair(PROMPT, PROMPT)
+TENSOR, GATE = torch.ones(2, 4), Gate(1)
 DATASET = SteeringPlan(mode="dataset", alpha=0.5, vector_id="0" * 64, reason=None)
 
 
@@ -47,6 +49,33 @@ def test_a_dataset_plan_without_its_delta_is_refused(pair: ShiftPair | None) -> 
         request(DATASET, pair, None)
     delta = torch.ones(2, 4)
     assert request(DATASET, pair, delta).delta is delta
+
+
+@pytest.mark.parametrize(
+    ("changes", "brought", "missing"),
+    [
+        ({"method": "project"}, {"delta": TENSOR}, "basis"),
+        ({"method": "safety-projected"}, {"basis": TENSOR}, "delta"),
+        ({"gate": GATE}, {"delta": TENSOR}, "gate"),
+        ({"method": "project", "gate": GATE}, {"basis": TENSOR}, "gate"),
+        ({"mode": "sample", "method": "safety-projected"}, {"delta": TENSOR}, "directions"),
+        ({"mode": "sample", "gate": GATE}, {"directions": TENSOR}, "gate"),
+    ],
+)
+def test_a_plan_without_what_its_method_or_gate_needs_is_refused(
+    changes: dict[str, Any], brought: dict[str, Any], missing: str
+) -> None:
+    plan = replace(DATASET, **changes)
+    needed = EngineRequest(
+        "r7", EngineInputs(PROMPT, PAIR), SamplingParams(), plan, RowSteering(**brought), print
+    )
+    with pytest.raises(MissingShiftError, match=f"r7: .* came without its {missing}"):
+        ActiveRequest(needed, 9)
+    whole = RowSteering(TENSOR, TENSOR, TENSOR, GateReader(GATE, torch.ones(4), 0.0))
+    active = ActiveRequest(replace(needed, steering=whole), 9)
+    assert (active.basis is not None) == (plan.method == "project")
+    assert (active.delta is not None) == (plan.mode == "dataset" and plan.method != "project")
+    assert (active.gate is not None) == (plan.gate is not None)
 
 
 def test_a_plan_that_applies_nothing_needs_nothing() -> None:
