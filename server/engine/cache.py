@@ -64,6 +64,11 @@ class PromptCache:
         """The next forward pass writes from token `start` on."""
         self._start = start
 
+    def clear(self, start: int) -> None:
+        """Zero what was written from token `start` on: attention is given it before it is written
+        anew, and a NaN shows through the mask."""
+        self.kv[..., start:, :] = 0.0
+
     def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """kv (2, H, T, Dh): store it and return all keys and values with the room behind them,
         (H, room, Dh) each."""

@@ -230,6 +230,8 @@ class ActiveRequest:
         self.delta = self.basis = None
         self.own.end = len(self.own.prompt)
         self.own.num_done = self.own.num_cached
+        if self.own.cache is not None:
+            self.own.cache.clear(self.own.num_cached)
 
     def book_shift(self, seconds: float) -> None:
         self.shift_s += seconds

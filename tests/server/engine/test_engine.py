@@ -279,6 +279,29 @@ def test_a_shift_that_cannot_be_measured_falls_under_on_error(
     assert_equals_reference(tiny_llava, answer, prompt, images, None)
 
 
+def test_a_shift_that_is_no_number_leaves_nothing_in_a_long_prompts_cache(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    """Served unsteered, the prompt ran again in chunks that saw, behind the mask, the NaN which the
+    pass before had left at its end; the request failed with it."""
+    under_test = start_engine(tiny_llava, max_model_len=1024, prefill_chunk=64)
+    prompt, images = "y" * 450, [picture(1)]  # many keys: they are taken with the room behind them
+    inputs = under_test.inputs(prompt, images, "blank")
+    assert inputs.pair is not None
+    (blank,) = inputs.pair.corrupted.images
+    pixels = torch.full_like(blank.tensors["pixel_values"], float("nan"))
+    broken = replace(blank, tensors={**blank.tensors, "pixel_values": pixels}, digest="broken")
+    pair = replace(inputs.pair, corrupted=replace(inputs.pair.corrupted, images=(broken,)))
+    answer = under_test.ask(
+        prompt,
+        inputs=replace(inputs, pair=pair),
+        sample=sample_plan(),
+        on_error="serve-unsteered",
+    ).wait()
+    assert "NaN" in (answer.applied.failure or "")
+    assert_equals_reference(tiny_llava, answer, prompt, images, None)
+
+
 def test_logits_that_are_not_numbers_end_the_request_and_leave_no_trace(
     start_engine: Start,
 ) -> None:
