@@ -26,7 +26,7 @@ WIRING = {
     "server.cli": ("server.cli",),
     "server.engine.engine": ("server.engine", "server.app", "server.serve", "server.cli"),
     "server.engine.runner": ("server.engine", "server.app", "server.serve", "server.cli"),
-    "server.bench": ("server.bench", "server.cli"),
+    "server.bench": ("server.bench", "server.verify", "server.cli"),
     "server.demo": ("server.demo", "server.bench", "server.cli"),
     "prometheus_client": ("server.metrics",),
     "server.routes": ("server.routes", "server.app", "server.admin.app"),

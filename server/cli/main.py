@@ -20,9 +20,11 @@ from server.cli.kill import kill
 from server.cli.memory import with_huge_pages
 from server.cli.policy import policy
 from server.cli.replicas import replicas
+from server.cli.report import report
 from server.cli.serve import serve
 from server.cli.tenants import tenants
 from server.cli.vectors import vectors
+from server.cli.verify import verify
 from server.engine.types import EngineError
 from server.errors import ServerError
 from steering.errors import SteeringError
@@ -56,6 +58,8 @@ app.command()(kill)
 app.command()(replicas)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(report)
+app.command()(verify)
 app.command()(demo)
 
 
