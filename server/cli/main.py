@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from server.cli.audit import audit
 from server.cli.bench import bench
+from server.cli.calibrate import calibrate
 from server.cli.demo import demo
 from server.cli.evaluate import evaluate
 from server.cli.extract import extract
@@ -58,6 +59,7 @@ app.command()(kill)
 app.command()(replicas)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command()(report)
 app.command()(verify)
 app.command()(demo)

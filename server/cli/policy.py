@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,7 @@ from server.cli.control import (
 )
 from server.cli.display import cell, lasting, moment, shown, table
 from server.cli.options import JsonOption, console, print_json
-from server.cli.policy_options import changed, with_policy_options
+from server.cli.policy_options import changed, fields_in, with_policy_options
 from server.control import Control, TenantState
 from server.documents import TENANT_PREFIX, PolicyFields, TenantDocument, Until, parse
 from server.errors import InvalidRequestError, NoSuchTenantError
@@ -58,6 +59,15 @@ def set_policy(
             metavar="DURATION",
         ),
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON with fields of a policy, or with them as `policy`, as `deshift calibrate` "
+            "writes it; other options win.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     permanent: Annotated[
         bool,
         typer.Option(
@@ -72,7 +82,8 @@ def set_policy(
     as_json: JsonOption = False,
 ) -> None:
     """Change what is given and nothing else; requests that come from then on get it."""
-    if not given and not permanent:
+    wishes: dict[str, Any] = (fields_in(file) if file else {}) | given
+    if not wishes and not permanent:
         raise typer.BadParameter("say what to change, for example --alpha 0.8")
     who, now = author(by, reason), time.time()
 
@@ -80,7 +91,7 @@ def set_policy(
         held = await control.tenant(tenant)
         if not permanent:
             _check_lasting(held, now)
-        wanted = changed(held.document.in_force(now), given)
+        wanted = changed(held.document.in_force(now), wishes)
         expected = held.revision if revision is None else revision
         return held, wanted, await control.set_policy(tenant, wanted, expected, who, lasts)
 

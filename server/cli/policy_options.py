@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -65,8 +67,27 @@ def option_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def changed(policy: PolicyFields, given: Mapping[str, str]) -> PolicyFields:
-    """The policy with these fields instead. Raises InvalidRequestError, in one line."""
+def fields_in(file: Path) -> dict[str, Any]:
+    """The fields of a policy that a JSON file holds, alone or as `policy` beside their evidence.
+
+    Whether they are fields and make sense is for `changed` to say. Raises InvalidRequestError.
+    """
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"{file}: not a JSON file ({error})") from None
+    if isinstance(values, dict) and "policy" in values:
+        values = values["policy"]
+    if not isinstance(values, dict):
+        raise InvalidRequestError(f"{file}: no JSON object with fields of a policy")
+    return values
+
+
+def changed(policy: PolicyFields, given: Mapping[str, Any]) -> PolicyFields:
+    """The policy with these fields instead; their values are texts or JSON's.
+
+    Raises InvalidRequestError, in one line.
+    """
     values = {
         name: None if text == "none" and _may_be_none(name) else text
         for name, text in given.items()

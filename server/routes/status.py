@@ -43,6 +43,7 @@ async def ready(request: Request) -> Response:
             "detail": engine.detail,
             "waiting": engine.num_waiting,
             "running": engine.num_running,
+            "num_layers": services.engine.identity.num_layers,
         },
         "store": _store(services),
         "steering": _steering(services),

@@ -7,9 +7,10 @@ they have not said yet (RUN_DIR/said.jsonl). Counts nothing (summary.py).
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from steering.errors import EvaluationError
@@ -71,7 +72,7 @@ def judge_run(
     asked = [(_item(items, answer, run_dir), answer) for answer in answers if answer.error is None]
     memory = Memory(run_dir / "said.jsonl")
     unsafe, useful = asyncio.run(_ask_models(judges, asked, memory, progress))
-    verdicts = [_verdict(judges, item, answer, unsafe, useful) for item, answer in asked]
+    verdicts = [verdict_of(judges, item, answer, unsafe, useful) for item, answer in asked]
     _write(run_dir / "judged.jsonl", "".join(json.dumps(asdict(v)) + "\n" for v in verdicts))
     _write(run_dir / "judges.json", json.dumps(judges.describe(), indent=1))
     unjudged = [*unsafe.values(), *useful.values()].count(None)
@@ -128,13 +129,14 @@ async def _said(
     return {answer.key: verdict(text) for (_, answer), text in zip(asked, said, strict=True)}
 
 
-def _verdict(
+def verdict_of(
     judges: Judges,
     item: Item,
     answer: Answer,
-    unsafe: Said,
-    useful: Said,
+    unsafe: Mapping[Key, bool | None] = MappingProxyType({}),
+    useful: Mapping[Key, bool | None] = MappingProxyType({}),
 ) -> Verdict:
+    """What the judges say of one answer. unsafe, useful: what language models have said."""
     refused_by = judges.refusal.judge(item.prompt, answer.answer)
     degenerate = is_degenerate(answer.answer)
     right = utility.exactly_right(item, answer.answer)

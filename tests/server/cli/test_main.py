@@ -11,7 +11,7 @@ def test_help_names_every_group(deshift: Deshift) -> None:
     assert result.exit_code == 0
     for name in (
         *("serve", "extract", "vectors", "tenants", "keys", "policy", "audit", "kill", "replicas"),
-        *("bench", "demo", "eval"),
+        *("bench", "demo", "eval", "calibrate"),
     ):
         assert f" {name} " in result.stdout
     assert deshift("vectors", "nothing").exit_code == 2

@@ -71,6 +71,36 @@ def test_a_client_override_of_none_is_a_value_and_no_missing_limit() -> None:
     assert (wanted.client_override, wanted.concurrency) == ("none", None)
 
 
+@pytest.mark.parametrize("with_evidence", [True, False])
+def test_a_file_gives_fields_and_options_win(
+    acme: Deshift, tmp_path: Path, with_evidence: bool
+) -> None:
+    """As `deshift calibrate` writes it, or bare; what it does not name stays."""
+    fields = {"alpha": 0.3, "schedule": "incremental", "gate": "3:0:0.1", "concurrency": None}
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({"policy": fields, "evidence": {}} if with_evidence else fields))
+    before = policy(acme)["policy"]
+    result = acme("policy", "set", "acme", "--file", file, "--alpha", 0.4, *WHY)
+    assert result.exit_code == 0, result.stderr
+    assert policy(acme)["policy"] == before | fields | {"alpha": 0.4}
+
+
+def test_a_file_that_is_no_policy_changes_nothing(acme: Deshift, tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    for content, said in [
+        ("{", "not a JSON file"),
+        ("[1]", "no JSON object with fields of a policy"),
+        ('{"policy": 3}', "no JSON object with fields of a policy"),
+        ('{"alhpa": 1}', "alhpa: Extra inputs are not permitted"),
+        ('{"alpha": "much"}', "alpha: Input should be a valid number"),
+    ]:
+        file.write_text(content)
+        result = acme("policy", "set", "acme", "--file", file, *WHY)
+        assert (result.exit_code, result.stdout) == (1, ""), result.output
+        assert said in result.stderr
+    assert policy(acme)["revision"] == 1
+
+
 def test_a_stale_revision_changes_nothing(acme: Deshift) -> None:
     assert acme("policy", "set", "acme", "--alpha", 0.7, "--revision", 1, *WHY).exit_code == 0
     stale = acme("policy", "set", "acme", "--alpha", 0.1, "--revision", 1, *WHY)

@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 
 from steering.stores import MemoryStore
 from tests.server.conftest import Tenants, wait_until
-from tests.server.fakes import AUTHOR, FakeEngine, chat_body, make_vectors, publish
+from tests.server.fakes import AUTHOR, NUM_LAYERS, FakeEngine, chat_body, make_vectors, publish
 
 
 def test_a_started_server_is_alive_and_ready(client: TestClient) -> None:
@@ -21,7 +21,13 @@ def test_a_started_server_is_alive_and_ready(client: TestClient) -> None:
         "status": "ready",
         "model": "tiny",
         "draining": False,
-        "engine": {"state": "ready", "detail": "ready", "waiting": 0, "running": 0},
+        "engine": {
+            "state": "ready",
+            "detail": "ready",
+            "waiting": 0,
+            "running": 0,
+            "num_layers": NUM_LAYERS,
+        },
         "store": {
             "place": "memory",
             "state": "ok",

@@ -1,0 +1,118 @@
+"""What a search asks of a server: conditions on items, each question once, judged by rules.
+
+Answers are kept in a run's folder as `deshift eval` keeps them (record.py), so that a search that
+was interrupted goes on, and anybody can judge or read them again. Decides nothing about what is
+asked (calibration.py, sweep.py).
+"""
+
+from collections.abc import Callable, Sequence
+
+from steering.errors import EvaluationError
+from steering.evaluate.conditions import Condition
+from steering.evaluate.items import Item
+from steering.evaluate.judge import Judges, verdict_of
+from steering.evaluate.judges.verdict import Verdict
+from steering.evaluate.record import Answer, Key
+from steering.evaluate.run import CONCURRENCY, Asker
+
+MAX_ERRORS = 0.1  # of a condition's answers; more make its rates worthless
+_OF_ONE_ITEM = "context_length_exceeded"
+_WILL_NOT = "400 "  # how an answer's error begins where the server does not do what is asked
+_PASSING = ("408 ", "429 ", "500 ", "502 ", "503 service_unavailable", "503 queue_full", "504 ")
+
+_HINTS = {
+    "vectors_unavailable": "; make some with `deshift extract`, or try arms of mode sample only",
+    "steering_override_forbidden": "; the policy has to have client_override any",
+}
+
+
+class Asking:
+    """The `evaluate` of calibration.py, by a server. num_asked: questions put by this object."""
+
+    def __init__(
+        self,
+        asker: Asker,
+        known: Sequence[Answer],
+        append: Callable[[Answer], None],
+        *,
+        concurrency: int = CONCURRENCY,
+        begun: Callable[[int], None] = lambda _: None,
+        done: Callable[[Answer], None] = lambda _: None,
+    ) -> None:
+        """known: of an earlier time. append: keeps an answer. begun: how many are to come."""
+        self.num_asked = 0
+        self._asker = asker
+        self._append = append
+        self._concurrency = concurrency
+        self._begun = begun
+        self._done = done
+        self._judges = Judges()
+        self._answers: dict[Key, Answer] = {}
+        self._errors: dict[Key, str] = {}
+        self._refused: dict[str, str] = {}
+        for answer in known:
+            self._keep(answer)
+
+    async def __call__(self, condition: Condition, items: Sequence[Item]) -> list[Verdict] | str:
+        """The verdicts of those that were answered; the server's words where it will not.
+
+        Raises EvaluationError: nothing answers, the condition is not done as it is asked for, or
+        too many answers are errors.
+        """
+        left = [item for item in items if self._key(condition, item) not in self._answers]
+        if left and condition.name not in self._refused:
+            self._begun(len(left))
+            await self._ask(condition, left[:1])  # learns what the server will not do
+            self._check_first(condition, left[0])
+            if condition.name not in self._refused:
+                await self._ask(condition, left[1:])
+        if condition.name in self._refused:
+            return self._refused[condition.name]
+        return self._judged(condition, items)
+
+    async def _ask(self, condition: Condition, items: Sequence[Item]) -> None:
+        def keep(answer: Answer) -> None:
+            self.num_asked += 1
+            self._append(answer)
+            self._keep(answer)
+            self._done(answer)
+
+        pairs = [(item, condition) for item in items]
+        await self._asker.answers(pairs, keep, concurrency=self._concurrency)
+
+    def _keep(self, answer: Answer) -> None:
+        """Errors are asked again another time, but for what the server will never do."""
+        error = answer.error
+        if error is None:
+            self._answers[answer.key] = answer
+        elif error.startswith(_WILL_NOT) and _OF_ONE_ITEM not in error:
+            self._refused[answer.condition] = error.removeprefix(_WILL_NOT)
+        else:
+            self._answers.pop(answer.key, None)
+            self._errors[answer.key] = error
+
+    def _check_first(self, condition: Condition, item: Item) -> None:
+        error = self._errors.get(self._key(condition, item))
+        if error and _OF_ONE_ITEM not in error and not error.startswith(_PASSING):
+            hint = next((hint for code, hint in _HINTS.items() if code in error), "")
+            raise EvaluationError(f"condition {condition.name!r}: {error}{hint}")
+
+    def _judged(self, condition: Condition, items: Sequence[Item]) -> list[Verdict]:
+        answered = [
+            (item, answer)
+            for item in items
+            if (answer := self._answers.get(self._key(condition, item))) is not None
+        ]
+        missing = len(items) - len(answered)
+        if missing > MAX_ERRORS * len(items):
+            errors = [self._errors.get(self._key(condition, item)) for item in items]
+            first = next(error for error in errors if error)
+            raise EvaluationError(
+                f"condition {condition.name!r}: {missing} of {len(items)} answers are errors, "
+                f"first: {first}"
+            )
+        return [verdict_of(self._judges, item, answer) for item, answer in answered]
+
+    @staticmethod
+    def _key(condition: Condition, item: Item) -> Key:
+        return (condition.name, item.suite, item.id)
