@@ -3,6 +3,7 @@
 Never buffers an answer. Does not cover what a path does (routes/).
 """
 
+import asyncio
 import hmac
 import logging
 import re
@@ -54,7 +55,7 @@ def body_share_of(scope: Scope) -> BodyShare:
 class RequestContext:
     """Outermost: gives the request its id and record, counts it, answers 500 for what escapes.
 
-    At the end it hands the record to the observers, which do not raise.
+    At the end it hands the record to the observers; one that fails is logged, and no more.
     """
 
     def __init__(
@@ -88,6 +89,9 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except (ClientDisconnect, ClientLeftError):  # while the body came, or later
             record.status = CLIENT_LEFT_STATUS
+        except asyncio.CancelledError:  # the server stops, and waits for this one no longer
+            record.failure = record.failure or "draining"
+            raise
         except Exception as error:  # the outermost boundary
             log.exception("request_id=%s failed", record.request_id, extra=record.ids)
             if record.status:
@@ -98,8 +102,14 @@ class RequestContext:
             self._in_flight.count -= 1
             record.status = record.status or CLIENT_LEFT_STATUS
             record.ended_at = time.monotonic()
-            for observe in self._observers:
+            self._tell(record)
+
+    def _tell(self, record: RequestRecord) -> None:
+        for observe in self._observers:
+            try:
                 observe(record)
+            except Exception:  # boundary: what only watches breaks no answer, nor other observers
+                log.exception("request_id=%s was not observed", record.request_id, extra=record.ids)
 
 
 def _request_id(asked: str | None) -> str:

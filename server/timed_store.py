@@ -1,11 +1,10 @@
 """A store whose calls are timed, for those of this server that read and write it."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from steering.errors import ConflictError, NotFoundError, StoreError
+from steering.errors import ConflictError, NotFoundError, VectorError
 from steering.stores.base import AuditRecord, Changes, Document, Store, VectorRecord
 from steering.vectors import ShiftVectors
 
@@ -16,8 +15,8 @@ StoreObserver = Callable[[str, float, bool], None]
 class TimedStore:
     """Implements steering.stores.base.Store by another one; the waiting for wake-ups is no call.
 
-    Failed has a call that could not be done or was given up, as at a time limit. A conflict, or
-    that something is not there, is an answer.
+    Failed has a call that could not be done or was given up, as at a time limit. A conflict, that
+    something is not there, or vectors that are none, is an answer.
     """
 
     def __init__(self, store: Store, observe: StoreObserver) -> None:
@@ -70,13 +69,12 @@ class TimedStore:
 
     @contextmanager
     def _timed(self, operation: str) -> Iterator[None]:
-        started, has_failed = time.perf_counter(), False
+        started, has_failed = time.perf_counter(), True
         try:
             yield
-        except (ConflictError, NotFoundError):
-            raise
-        except (StoreError, asyncio.CancelledError):
-            has_failed = True
+            has_failed = False
+        except (ConflictError, NotFoundError, VectorError):
+            has_failed = False
             raise
         finally:
             self._observe(operation, time.perf_counter() - started, has_failed)

@@ -79,7 +79,7 @@ async def create_chat_completion(request: Request) -> Response:
         reference=reference_of(services.vectors.active(policy.vector_alias)),
     )
     head = _head(wire, engine_request)
-    steered = Steered(plan, steering.max_dose, _overhead_so_far(record))
+    steered = record.steered = Steered(plan, steering.max_dose, _overhead_so_far(record))
     if not wire.stream:
         return WholeResponse(generation, engine_request, record, head, steered)
     include_usage = bool(wire.stream_options and wire.stream_options.include_usage)

@@ -1,12 +1,13 @@
 """A store that is timed: what is told of which call, and what counts as a failure."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from server.timed_store import TimedStore
-from steering.errors import ConflictError, NotFoundError, StoreError
-from steering.stores.base import Changes
+from steering.errors import ConflictError, NotFoundError, StoreError, VectorError
+from steering.stores.base import Changes, Document
 from steering.stores.memory import MemoryStore
 from tests.server.fakes import make_vectors
 
@@ -28,6 +29,9 @@ class LostStore(MemoryStore):
     async def replicas(self) -> dict[str, str]:
         await asyncio.Event().wait()
         raise AssertionError("it never ends")
+
+    async def get(self, keys: Sequence[str]) -> dict[str, Document]:
+        raise OSError(f"no room for {keys}")
 
 
 @pytest.mark.anyio
@@ -60,10 +64,15 @@ async def test_an_answer_that_says_no_is_no_failure_of_the_store() -> None:
     store = TimedStore(MemoryStore(), told)
     with pytest.raises(NotFoundError):
         await store.get_vectors("f" * 64)
+    with pytest.raises(VectorError):
+        await store.put_vectors(b"no vectors")
     await store.commit({"a": "1"}, {}, "{}")
     with pytest.raises(ConflictError):
         await store.commit({"a": "2"}, {"a": 0}, "{}")
-    assert told.calls == [("vectors", False), ("commit", False), ("commit", False)]
+    assert told.calls == [
+        *(("vectors", False), ("vectors", False)),
+        *(("commit", False), ("commit", False)),
+    ]
 
 
 @pytest.mark.anyio
@@ -75,7 +84,9 @@ async def test_a_call_that_fails_or_does_not_end_in_time_is_told_as_failed() -> 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await store.replicas()
-    assert told.calls == [("read", True), ("replicas", True)]
+    with pytest.raises(OSError, match="no room"):  # a mistake of ours that is no StoreError
+        await store.get(["a"])
+    assert told.calls == [("read", True), ("replicas", True), ("read", True)]
 
 
 @pytest.mark.anyio

@@ -1,10 +1,12 @@
 """Outcomes of requests through the real application."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
@@ -13,6 +15,7 @@ from server.engine.types import (
     FailureKind,
     InputError,
     NotAcceptingError,
+    PairError,
     QueueFullError,
     TextEvent,
 )
@@ -154,6 +157,57 @@ def test_a_mistake_of_ours_after_the_head_is_an_error(caplog: pytest.LogCaptureF
     client = TestClient(RequestContext(app, InFlight(), (records.append,)))
     assert client.post(PATH).status_code == 200
     assert outcome_of(records[0]) == "error" and "in the middle" in caplog.text
+
+
+def test_an_observer_that_fails_breaks_neither_the_answer_nor_other_observers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What it raised went out to the client's connection, and no metric counted the request."""
+    records: list[RequestRecord] = []
+
+    def fails(record: RequestRecord) -> None:
+        raise RuntimeError(f"cannot tell of {record.status}")
+
+    app, in_flight = PlainTextResponse("all of it"), InFlight()
+    client = TestClient(RequestContext(app, in_flight, (fails, records.append)))
+    assert client.post(PATH).text == "all of it"
+    assert outcome_of(records[0]) == "success" and in_flight.count == 0
+    assert "cannot tell of 200" in caplog.text and records[0].request_id in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_the_server_ends_when_it_stops_is_no_success() -> None:
+    """Its status is 200: the head was sent long ago."""
+    records: list[RequestRecord] = []
+    begun = asyncio.Event()
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def nothing(*_: Any) -> Any:
+        return None
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": []}
+    context = RequestContext(app, InFlight(), (records.append,))
+    answering = asyncio.create_task(context(scope, nothing, nothing))
+    await begun.wait()
+    answering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answering
+    assert records[0].failure == "draining" and outcome_of(records[0]) == "error"
+
+
+def test_what_is_not_steered_after_all_counts_so_however_it_ends(
+    client_for: ClientFor, fake_engine: FakeEngine, scraped: Scraping
+) -> None:
+    """A pair that cannot be made changes the plan before the engine is asked."""
+    client = client_for(steering_mode="sample", on_error="serve-unsteered")
+    fake_engine.pair_error = PairError("no pair")
+    fake_engine.script = plays(Failed("engine", "why"))
+    assert client.post(PATH, json=chat_body(images=1)).status_code == 500
+    assert only(scraped(client).series("deshift_requests_total"))["mode"] == "off"
 
 
 @pytest.mark.parametrize("stream", [True, False])
