@@ -121,8 +121,8 @@ def evaluate(
     Each answer is kept as it comes; a run that was interrupted goes on with --resume and the same
     options, and asks again what had ended in an error. What the server did is read from each
     answer: one that was not steered as its condition says counts as an error, not as an answer.
-    RUN_DIR holds run.json (all settings), items.jsonl (the prompts), answers.jsonl, judged.jsonl
-    and judges.json.
+    RUN_DIR holds run.json (all settings), items.jsonl (the prompts), answers.jsonl, judged.jsonl,
+    judges.json, report.json and report.html (`deshift report` adds hidden states to these).
 
     The same seed gives the same prompts, and a larger --num the same ones first. Answers are
     greedy.
@@ -145,6 +145,7 @@ def evaluate(
         address, checkpoint = started(stack, place, evaluation, concurrency)
         evaluation = replace(evaluation, checkpoint=checkpoint)
         start = {"suites": suite, "photos": evaluation.photos.source, "concurrency": concurrency}
+        start["server"] = place.options()
         try:
             tally = asyncio.run(
                 _ask(address, api_key, model, evaluation, folder, start, resume, concurrency)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,14 @@ class Place:
             raise EvaluationError("which server? Give one of --url, --demo and --serve")
         if self.url is not None and self.settings:
             raise EvaluationError("--setting is for a server that is started here, not for --url")
+
+    def options(self) -> str:
+        """What was asked for, to be kept with the run: a setting's value may be a secret."""
+        if self.url is not None:
+            return shlex.join(["--url", self.url])
+        served = ["--demo"] if self.serve is None else ["--serve", str(self.serve)]
+        settings = [f"--setting {name}=..." for name, _ in self.settings]
+        return " ".join([shlex.join([*served, "--dtype", self.dtype]), *settings])
 
 
 def evaluation_of(

@@ -1,4 +1,4 @@
-"""The second half of `deshift eval`: a run's answers are judged and summed up."""
+"""The second half of `deshift eval`: a run's answers are judged, summed up and reported."""
 
 import os
 from pathlib import Path
@@ -49,10 +49,11 @@ def check_judge(url: str | None, model: str | None, key_env: str | None) -> None
 
 
 def judge_and_report(out: Path, url: str | None, model: str | None, key_env: str | None) -> None:
-    """Write judged.jsonl and judges.json, and print the table.
+    """Write judged.jsonl, judges.json, report.json and report.html, and print the table.
 
     Raises EvaluationError: no run, or a judge that does not answer; the answers stay.
     """
+    from steering.evaluate import report
     from steering.evaluate.judge import Judges, judge_run
     from steering.evaluate.judges.endpoint import Endpoint
     from steering.evaluate.summary import summarise
@@ -72,3 +73,4 @@ def judge_and_report(out: Path, url: str | None, model: str | None, key_env: str
     if judged.num_unjudged:
         typer.echo(f"{judged.num_unjudged} questions got no verdict from {model}", err=True)
     typer.echo(summarise(out).markdown())
+    typer.echo(f"The report: {report.write(out)}", err=True)
