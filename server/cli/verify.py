@@ -139,7 +139,7 @@ class _Run:
 
         with self._progress() as progress:
             directory = Directory(serve, settings, dtype)
-            checks, to_serve = asyncio.run(in_process(directory, progress))
+            checks, to_serve = in_process(directory, progress)
             self.checks += checks
         self.show(checks, "The model with its vectors, in this process")
         self.screen.print(f"Starting the server (its log: {logs}/verify.log)", markup=False)

@@ -2,6 +2,7 @@
 in this process.
 """
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -59,7 +60,7 @@ class Directory:
     dtype: str
 
 
-async def in_process(directory: Directory, progress: Progress) -> tuple[list[Check], "ToServe"]:
+def in_process(directory: Directory, progress: Progress) -> tuple[list[Check], "ToServe"]:
     """The checks of the model; its weights are let go when this returns.
 
     Raises VerifyError, SteeringError, ConfigError.
@@ -70,7 +71,7 @@ async def in_process(directory: Directory, progress: Progress) -> tuple[list[Che
     loaded = load_model(
         str(to_serve.checkpoint.model), dtype=settings.dtype, device=settings.device
     )
-    vectors = await _vectors(settings)
+    vectors = asyncio.run(_vectors(settings))
     if vectors is not None:
         vectors.check(loaded.identity)
     dtype = loaded.identity.dtype
