@@ -162,7 +162,7 @@ class EmbeddedEngine:
             state=self._state,
             detail=self._detail,
             num_waiting=len(self._scheduler.waiting) + self._inbox.qsize(),
-            num_running=len(self._scheduler.rows),
+            num_running=self._scheduler.num_rows,
             kv_tokens_reserved=self._scheduler.reserved,
             kv_tokens_budget=self._config.kv_budget,
         )

@@ -97,6 +97,11 @@ class Scheduler:
         return len(self.waiting) + len(self.prefilling)
 
     @property
+    def num_rows(self) -> int:
+        """Rows that are taken, and those that what prefills will take."""
+        return len(self.rows) + sum(active.num_rows for active in self.prefilling)
+
+    @property
     def is_idle(self) -> bool:
         return not (self.waiting or self.prefilling or self.rows)
 
@@ -113,7 +118,7 @@ class Scheduler:
         """Take the first waiting request if its rows fit beside those admitted before."""
         while self.waiting:
             first = self.waiting[0]
-            num_rows = len(self.rows) + sum(a.num_rows for a in (*self.prefilling, first))
+            num_rows = self.num_rows + first.num_rows
             if num_rows > self._max_rows or self.reserved + self._needs(first) > self._kv_tokens:
                 return None
             self.prefilling.append(self.waiting.popleft())

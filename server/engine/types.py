@@ -259,7 +259,11 @@ EngineEvent = SteeringApplied | TextEvent | ChoiceFinished | Finished | Failed
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """A snapshot for /health, /ready and gauges."""
+    """A snapshot for /health, /ready and gauges.
+
+    num_waiting: requests that are not taken up yet. num_running: rows of those that are, whether
+    their prompts prefill or their answers decode; a request of n choices has n.
+    """
 
     state: Literal["starting", "ready", "draining", "failed", "stopped"]
     detail: str

@@ -103,7 +103,7 @@ class RequestFamilies(Declared):
     def _declare_steering(self) -> None:
         self.overhead = self._histogram(
             "steering_overhead_seconds",
-            "What steering cost a finished request, all stages together.",
+            "What steering cost a finished request that was steered, all stages together.",
             *("tenant", "mode"),
             bounds=OVERHEAD_S,
         )
@@ -154,7 +154,10 @@ class StateFamilies(Declared):
         self.inter_token = self._histogram(
             "inter_token_latency_seconds", "Gaps between the tokens of one sequence."
         )
-        self.running = self._gauge("num_requests_running", "Requests in the engine's rows.")
+        self.running = self._gauge(
+            "num_requests_running",
+            "Rows of the engine that are taken: a request's choices, from its prefill on.",
+        )
         self.waiting = self._gauge("num_requests_waiting", "Requests waiting for a row.")
         self.in_flight = self._gauge(
             "http_requests_in_flight", "HTTP requests of clients that are being answered."
@@ -170,6 +173,10 @@ class StateFamilies(Declared):
             "Prompt tokens computed, by whose they were: own, shift (the sample level's pair) or "
             "probe.",
             "prompt",
+        )
+        self.generated_tokens = self._counter(
+            "engine_generated_tokens_total",
+            "Generated tokens, of requests that did not finish, too.",
         )
         self.failures = self._counter(
             "engine_failures_total",

@@ -44,6 +44,7 @@ def _counted(families: StateFamilies, stats: EngineStats) -> None:
     families.step.replace({(kind,): each for kind, each in stats.step_s.items()})
     families.vision_encode.replace({(): stats.vision_encode_s})
     families.prefill_tokens.replace({(k,): v for k, v in stats.prefill_tokens.items()})
+    families.generated_tokens.set(stats.generated_tokens)
     families.failures.replace({(k,): v for k, v in stats.failures.items()})
     if stats.is_canary_passed is not None:
         families.canary.set(stats.is_canary_passed)

@@ -128,6 +128,7 @@ def test_cancel_frees_the_row_at_the_next_step(tiny_llava: TinyModel, start_engi
         wait_until(lambda: under_test.engine.status().num_running == 0)
         prefilling = under_test.ask("x" * 100, max_tokens=10)
         wait_until(lambda: under_test.engine.status().kv_tokens_reserved > 0)
+        assert under_test.engine.status().num_running == 1, "neither waiting nor running, once"
         under_test.engine.cancel(prefilling.request_id)
         assert isinstance(prefilling.wait().terminal, Failed)
     assert isinstance(under_test.ask("Hi").wait().terminal, Finished)

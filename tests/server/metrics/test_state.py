@@ -153,6 +153,7 @@ def test_what_the_engine_has_counted_is_read_at_each_scrape(
         engine.counters.vision_encode_s.observe(0.5)
         engine.counters.prefill_tokens["probe"] += 3
         engine.counters.failures["hooks"] += 2
+        engine.counters.generated_tokens += 6
         scrape = scraped(client)
     assert scrape.value("deshift_canary_passed") == 1
     assert scrape.value("deshift_inter_token_latency_seconds_count") == 4
@@ -162,6 +163,7 @@ def test_what_the_engine_has_counted_is_read_at_each_scrape(
     assert scrape.value("deshift_vision_encode_seconds_count") == 1
     assert scrape.value("deshift_engine_prefill_tokens_total", prompt="probe") == 3
     assert scrape.value("deshift_engine_failures_total", kind="hooks") == 2
+    assert scrape.value("deshift_engine_generated_tokens_total") == 6
     assert scrape.value("deshift_engine_failures_total", kind="steps") == 0
     for prompt, hits, misses in (("own", 10, 20), ("shift", 50, 60)):
         assert scrape.value("deshift_prefix_cache_hit_tokens_total", prompt=prompt) == hits
