@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what they import takes seconds
     from server.verify.server import Findings
     from server.verify.site import Site
 
+ROUNDS_OF_AN_INTERVAL = 6  # of 95 %
+
 
 def verify(
     url: Annotated[str | None, typer.Option(help="A running Deshift server.")] = None,
@@ -61,7 +63,7 @@ def verify(
     ] = None,
     rounds: Annotated[
         int, typer.Option(min=0, help="Rounds of the overhead table; 0 leaves it out.")
-    ] = 6,
+    ] = ROUNDS_OF_AN_INTERVAL,
     max_overhead: Annotated[
         float | None,
         typer.Option(
@@ -97,6 +99,8 @@ def verify(
         raise typer.BadParameter("--api-key-env, --admin-url, --max-relative-dose go with --url")
     if url is not None and setting:
         raise typer.BadParameter("--setting is for a server that is started here")
+    if max_overhead is not None and rounds < ROUNDS_OF_AN_INTERVAL:
+        raise typer.BadParameter(f"--max-overhead needs --rounds {ROUNDS_OF_AN_INTERVAL} or more")
     screen = console()
     run = _Run(screen, model, client_override, rounds, max_overhead)
     with ExitStack() as stack:

@@ -69,7 +69,7 @@ def test_a_server_whose_steering_does_nothing_ends_with_1(deshift: Deshift, tmp_
 
 def test_a_bound_on_the_overhead_that_cannot_be_measured_fails(deshift: Deshift) -> None:
     with listening(ScriptedServer(override="none").app) as url:
-        result = deshift("verify", "--url", url, "--rounds", "1", "--max-overhead", "0.05")
+        result = deshift("verify", "--url", url, "--max-overhead", "0.05")
     assert result.exit_code == 1
     assert "--max-overhead was given, and nothing was measured" in words(result.output)
 
@@ -81,6 +81,7 @@ def test_a_bound_on_the_overhead_that_cannot_be_measured_fails(deshift: Deshift)
         (["--demo", "--url", "http://x"], "give one of --url, --serve and --demo"),
         (["--demo", "--admin-url", "http://x"], "go with --url"),
         (["--url", "http://x", "--setting", "alpha=1"], "for a server that is started here"),
+        (["--demo", "--rounds", "2", "--max-overhead", "0.1"], "needs --rounds 6 or more"),
         (["--url", "ftp://x"], "--url must be http(s)://HOST[:PORT]"),
         (["--url", "http://me:pw@x"], "without credentials in it"),
         (["--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
