@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from steering.evaluate.report.svg import INK, MARKERS, SERIES, SHEET, SOFT, axes, finished
@@ -14,7 +13,7 @@ _BY_ALPHA = ("harmful_refused", "harmless_lost", "pictures_right", "degenerate")
 _OFFSETS = ((9, 0), (-9, 0), (0, 10), (0, -10), (9, 9), (-9, 9), (9, -9), (-9, -9), (18, 0))
 
 
-def frontier(document: Mapping[str, Any], cost: str, mark: str) -> Markup | None:
+def frontier(document: Mapping[str, Any], cost: str, mark: str) -> str | None:
     """Harmful refusals against `cost`, one numbered point a condition with intervals both ways."""
     points = [
         point
@@ -102,7 +101,7 @@ def _number_points(frame: Axes, points: Sequence[Mapping[str, Any]], cost: str) 
         )
 
 
-def by_alpha(document: Mapping[str, Any], family: Mapping[str, Any], number: int) -> Markup:
+def by_alpha(document: Mapping[str, Any], family: Mapping[str, Any], number: int) -> str:
     """Pooled rates of one kind of steering over alpha, with their intervals."""
     rates = {point["condition"]: point["rates"] for point in document["points"]}
     figure, frame = axes(6.4, 3.6, "alpha", "share, %")
@@ -126,11 +125,11 @@ def by_alpha(document: Mapping[str, Any], family: Mapping[str, Any], number: int
         told.append(f"{words}: " + ", ".join(f"{s:.1f}" for s in shares))
     _percent_axes(frame, across=False)
     frame.set_xticks(sorted({alpha for alpha, _ in family["alphas"]}))
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False, labelcolor=INK)
     return finished(figure, f"alpha{number}", f"{family['name']}: {'; '.join(told)}")
 
 
-def planes(states: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[int, Markup]]]]:
+def planes(states: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[int, str]]]]:
     """Each steered condition, or nothing steered, with one chart a kept layer."""
     steered = states["about"]["groups"][len(PLAIN) :] or [""]
     for row, condition in enumerate(steered):
@@ -143,9 +142,7 @@ def planes(states: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[int, Mar
         )
 
 
-def _plane(
-    states: Mapping[str, Any], plane: Mapping[str, Any], condition: str, name: str
-) -> Markup:
+def _plane(states: Mapping[str, Any], plane: Mapping[str, Any], condition: str, name: str) -> str:
     first, second = (100 * share for share in plane["variance_explained"])
     figure, frame = axes(
         3.1, 2.7, f"component 1 ({first:.0f} % of variance)", f"component 2 ({second:.0f} %)"
@@ -175,7 +172,7 @@ def _plane(
 
 def lines(
     layers: Mapping[str, Any], parts: Mapping[str, Sequence[float]], y: str, name: str
-) -> Markup:
+) -> str:
     """One line a part over the decoder layers."""
     figure, frame = axes(6.4, 3.1, "decoder layer", y)
     num = len(layers["consistency"])
@@ -194,7 +191,7 @@ def lines(
     frame.set_xlim(-0.5, num - 0.5)
     frame.set_ylim(bottom=min(0.0, *(min(values) for values in parts.values())))
     if len(parts) > 1:
-        figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False)
+        figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False, labelcolor=INK)
     told = "; ".join(
         f"{label} from {min(values):.3g} to {max(values):.3g}" for label, values in parts.items()
     )

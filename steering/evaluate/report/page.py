@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from steering.evaluate.report import charts, words
 
@@ -42,7 +41,7 @@ def render(document: Mapping[str, Any]) -> str:
     states = document["states"]
     return environment.get_template("report.html.jinja").render(
         doc=document,
-        css=Markup((_HERE / "report.css").read_text("utf-8")),
+        css=(_HERE / "report.css").read_text("utf-8"),
         title=f"Evaluation of {document['run']['settings'].get('model') or 'a model'}",
         pictures=PICTURES,
         overview=overview(document),
@@ -121,7 +120,7 @@ def _frontiers(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _by_layer(layers: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+def _by_layer(layers: Mapping[str, Any]) -> list[tuple[str, str]]:
     shares = {"consistency": layers["consistency"], "relative shift": layers["relative_shift"]}
     found = [
         (

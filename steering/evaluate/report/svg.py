@@ -4,12 +4,12 @@ Every chart begins with `axes` and ends with `finished`, so that all look alike.
 charts.py's.
 """
 
+import html
 import io
 import re
 from typing import Any
 
 import matplotlib
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def axes(width: float, height: float, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, frame
 
 
-def finished(figure: Figure, name: str, told: str) -> Markup:
+def finished(figure: Figure, name: str, told: str) -> str:
     """The figure for a page. name: a prefix for its ids, of letters and digits. told: what a
     reader who does not see it is told."""
     content = io.StringIO()
@@ -80,9 +80,9 @@ def finished(figure: Figure, name: str, told: str) -> Markup:
     head = re.search(r'viewBox="[^"]*"', text)
     assert head is not None, "matplotlib writes a view box"
     body = text[text.index(">") + 1 :]
-    label = str(Markup.escape(told))
-    # Not a source of markup from elsewhere: matplotlib escapes what it is given to write.
-    return Markup(f'<svg class="chart" role="img" aria-label="{label}" {head[0]}>{body}')
+    label = html.escape(told)
+    # The template takes it as it is: matplotlib escapes whatever text it is given to write.
+    return f'<svg class="chart" role="img" aria-label="{label}" {head[0]}>{body}'
 
 
 def _font(found: re.Match[str]) -> str:

@@ -61,8 +61,9 @@ def test_it_fits_and_nothing_is_complained_of(
     colours = page.evaluate(
         "[...document.querySelectorAll('svg.chart text')].map(each => getComputedStyle(each).fill)"
     )
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert len(colours) > 50 and ground not in colours
+    style = "getComputedStyle(document.querySelector('%s')).color"
+    ink, soft = page.evaluate(style % "body"), page.evaluate(style % ".lead")
+    assert len(colours) > 50 and set(colours) == {ink, soft}  # legible in light and dark
     assert page.locator("svg.chart").first.bounding_box()["height"] > 150
     context.close()
     assert complaints == [] and asked == [written.as_uri()]
