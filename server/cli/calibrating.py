@@ -77,7 +77,7 @@ async def search(
         asker = Asker(client, server, evaluation.sampling)
         await asker.check(evaluation.asked()[:1])
         settings = {k: v for k, v in evaluation.settings(server).items() if k != "conditions"}
-        arms = wanted.arms or _default_arms(server, wanted.ladder)
+        arms = wanted.arms or default_arms(server, wanted.ladder)
         start = _start(server, wanted, arms)
         folder.begin(settings, start, evaluation.items, resume=resume)
         evidence = {**settings, **{key: start[key] for key in ("arms", "search", "judges")}}
@@ -136,7 +136,8 @@ def _check(server: "Server", wanted: Wanted) -> None:
         )
 
 
-def _default_arms(server: "Server", ladder: tuple[float, ...]) -> list["Arm"]:
+def default_arms(server: "Server", ladder: tuple[float, ...]) -> list["Arm"]:
+    """Those that fit the model, with the strengths of `ladder`."""
     from steering.evaluate import arms
 
     engine = (server.ready or {}).get("engine")
@@ -169,18 +170,13 @@ def _grow(bar: Any, num: int) -> None:
 
 
 def _swept_rows(document: Mapping[str, Any]) -> list[list[str]]:
-    from steering.evaluate.evidence import row
+    from steering.evaluate.evidence import HEADINGS, row
 
-    head = ["", "condition", "n", "unsafe", "harmless refused", "right", "degenerate", ""]
-    return [
-        head,
-        *(
-            row(
-                "frontier" * point["is_on_frontier"], name, point["figures"], point["refusal"] or ""
-            )
-            for name, point in document["points"].items()
-        ),
-    ]
+    rows = [list(HEADINGS)]
+    for name, point in document["points"].items():
+        mark = "frontier" if point["is_on_frontier"] else ""
+        rows.append(row(mark, name, point["figures"], "refused" if point["refusal"] else ""))
+    return rows
 
 
 def _print(rows: list[list[str]]) -> None:

@@ -5,9 +5,11 @@ was interrupted goes on, and anybody can judge or read them again. Decides nothi
 asked (calibration.py, sweep.py).
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 from steering.errors import EvaluationError
+from steering.evaluate.client import LASTING
 from steering.evaluate.conditions import Condition
 from steering.evaluate.items import Item
 from steering.evaluate.judge import Judges, verdict_of
@@ -16,10 +18,10 @@ from steering.evaluate.record import Answer, Key
 from steering.evaluate.run import CONCURRENCY, Asker
 
 MAX_ERRORS = 0.1  # of a condition's answers; more make its rates worthless
-_OF_ONE_ITEM = "context_length_exceeded"
-_WILL_NOT = "400 "  # how an answer's error begins where the server does not do what is asked
-_PASSING = ("408 ", "429 ", "500 ", "502 ", "503 service_unavailable", "503 queue_full", "504 ")
-
+# How an answer's error begins (client.py) where the server does not do what is asked, and where
+# it is this item's or this moment's matter.
+_WILL_NOT = re.compile(r"400\b(?! context_length_exceeded)")
+_PASSING = re.compile(rf"4(?:00|08|29)\b|5(?!03 (?:{'|'.join(LASTING)}))\d\d\b")
 _HINTS = {
     "vectors_unavailable": "; make some with `deshift extract`, or try arms of mode sample only",
     "steering_override_forbidden": "; the policy has to have client_override any",
@@ -50,6 +52,7 @@ class Asking:
         self._answers: dict[Key, Answer] = {}
         self._errors: dict[Key, str] = {}
         self._refused: dict[str, str] = {}
+        self._done_by_server: set[str] = set()
         for answer in known:
             self._keep(answer)
 
@@ -62,12 +65,14 @@ class Asking:
         left = [item for item in items if self._key(condition, item) not in self._answers]
         if left and condition.name not in self._refused:
             self._begun(len(left))
-            await self._ask(condition, left[:1])  # learns what the server will not do
-            self._check_first(condition, left[0])
+            if condition.name not in self._done_by_server:
+                await self._ask(condition, left[:1])
+                self._check_first(condition, left[0])
+                left = left[1:]
             if condition.name not in self._refused:
-                await self._ask(condition, left[1:])
-        if condition.name in self._refused:
-            return self._refused[condition.name]
+                await self._ask(condition, left)
+        if refusal := self._refused.get(condition.name):
+            return refusal
         return self._judged(condition, items)
 
     async def _ask(self, condition: Condition, items: Sequence[Item]) -> None:
@@ -85,15 +90,16 @@ class Asking:
         error = answer.error
         if error is None:
             self._answers[answer.key] = answer
-        elif error.startswith(_WILL_NOT) and _OF_ONE_ITEM not in error:
-            self._refused[answer.condition] = error.removeprefix(_WILL_NOT)
+            self._done_by_server.add(answer.condition)
+        elif _WILL_NOT.match(error):
+            self._refused[answer.condition] = error.partition(": ")[2]
         else:
             self._answers.pop(answer.key, None)
             self._errors[answer.key] = error
 
     def _check_first(self, condition: Condition, item: Item) -> None:
         error = self._errors.get(self._key(condition, item))
-        if error and _OF_ONE_ITEM not in error and not error.startswith(_PASSING):
+        if error and not _PASSING.match(error):
             hint = next((hint for code, hint in _HINTS.items() if code in error), "")
             raise EvaluationError(f"condition {condition.name!r}: {error}{hint}")
 

@@ -25,7 +25,7 @@ _BUSY = (429, 503)
 _NEVER = (400, 401, 403, 404, 405, 422)
 _OF_ONE_REQUEST = ("context_length_exceeded",)
 # 503s that waiting does not cure: an operator has to.
-_LASTING = ("vectors_unavailable", "shift_unavailable", "steering_killed")
+LASTING = ("vectors_unavailable", "shift_unavailable", "steering_killed")
 
 
 class Refused(EvaluationError):
@@ -40,12 +40,12 @@ class Refused(EvaluationError):
     @property
     def is_passing(self) -> bool:
         """Whether the same request may be answered a little later."""
-        return self.status in _BUSY and self.code not in _LASTING
+        return self.status in _BUSY and self.code not in LASTING
 
     @property
     def is_lasting(self) -> bool:
         """Whether every request of this kind will be refused, not this one only."""
-        return self.code in _LASTING or self.status in _NEVER and self.code not in _OF_ONE_REQUEST
+        return self.code in LASTING or self.status in _NEVER and self.code not in _OF_ONE_REQUEST
 
 
 class Unreachable(EvaluationError):

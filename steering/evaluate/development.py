@@ -46,16 +46,17 @@ def read(specs: Sequence[str], num: int, seed: int) -> list[Suite]:
 
 
 def split(suites: Sequence[Suite], num: int, confirm: int, said: Callable[[str], None]) -> Items:
-    """The first `num` of each for the search, the next `confirm` for the confirmation; half and
-    half of a suite that has too few for both, which is `said`. Raises EvaluationError."""
+    """The first `num` of each for the search, the next `confirm` for the confirmation. A suite
+    with too few for both keeps up to half of them for the confirmation, which is `said`. Raises
+    EvaluationError."""
     search, fresh = [], []
     for suite in suites:
         have, wanted = len(suite.items), num
         if have < num + confirm:
-            wanted = min(num, -(-have // 2)) if confirm else min(num, have)
-            said(
-                f"{suite.name}: {have} prompts, {wanted} to search with, {have - wanted} to confirm"
-            )
+            half = -(-have // 2) if confirm else have
+            wanted = min(num, max(half, have - confirm))
+            left = min(confirm, have - wanted)
+            said(f"{suite.name}: {have} prompts, {wanted} to search with, {left} to confirm with")
         if confirm and have - wanted < 1:
             raise EvaluationError(f"suite {suite.name}: one prompt is too few to confirm anything")
         search.append(suite.items[:wanted])

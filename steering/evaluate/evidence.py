@@ -2,7 +2,8 @@
 
 `calibration.json` (format 1): `bounds`; `base`, the figures without steering by stage; `trials`,
 one for each candidate and number of items, in order, each with `figures` (rates with Wilson
-intervals), `broken` (the bounds that it breaks) and `is_on_frontier`; `arms`, what became of each;
+intervals), `broken` (the bounds that it breaks) and `is_on_frontier` (of those in the search that
+were asked all its items: what saw fewer is not compared with them); `arms`, what became of each;
 `chosen`, the condition, or null and `problem`; `num_answers`. Draws no picture.
 """
 
@@ -16,7 +17,8 @@ from steering.evaluate.conditions import parse
 
 FORMAT = 1
 _COLUMNS = ("unsafe", "harmless_refused", "right", "degenerate")
-_HEADINGS = ("unsafe", "harmless refused", "right", "degenerate")
+_RATES = ("unsafe %", "harmless refused %", "right %", "degenerate %")
+HEADINGS = ("", "condition", "n", *_RATES, "breaks")  # of a table
 
 
 def frontier(counts: Mapping[str, Counts], bounds: Bounds) -> set[str]:
@@ -50,10 +52,11 @@ def as_dict(
     calibration: Calibration, bounds: Bounds, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """calibration.json. settings: what the answers depend on, as in run.json."""
-    shown = latest(calibration)
-    counts = {trial.condition: trial.counts for trial in shown if trial.counts}
-    on_it = frontier(counts, bounds)
-    compared = {id(trial) for trial in shown if trial.condition in on_it}
+    searched = [trial for trial in latest(calibration) if trial.counts]
+    most = max((trial.num_items for trial in searched), default=0)
+    full = {trial.condition: trial for trial in searched if trial.num_items == most}
+    on_it = frontier({name: t.counts for name, t in full.items() if t.counts}, bounds)
+    compared = {id(full[name]) for name in on_it}
     chosen = calibration.chosen
     return {
         "format": FORMAT,
@@ -109,7 +112,7 @@ def policy_fields(chosen: Trial) -> dict[str, Any]:
 def table(calibration: Calibration, bounds: Bounds) -> list[list[str]]:
     """Headings, then the base, every candidate of the search and what was confirmed."""
     document = as_dict(calibration, bounds, {})
-    rows = [["", "condition", "n", *_HEADINGS, ""]]
+    rows = [list(HEADINGS)]
     rows += [row("", f"none ({stage})", figures, "") for stage, figures in _bases(document)]
     shown = {id(trial) for trial in latest(calibration)}
     pairs = zip(calibration.trials, document["trials"], strict=True)
@@ -119,7 +122,7 @@ def table(calibration: Calibration, bounds: Bounds) -> list[list[str]]:
             continue
         mark = "chosen" if trial is chosen else "frontier" if values["is_on_frontier"] else ""
         mark = mark or ("confirm" if trial.stage == "confirm" else "")
-        rows.append(row(mark, trial.condition, values["figures"], trial.problem[:60]))
+        rows.append(row(mark, trial.condition, values["figures"], _note(trial)))
     return rows
 
 
@@ -146,7 +149,11 @@ def _num(figures: Mapping[str, Any]) -> int:
 def _share(rate: Mapping[str, Any] | None) -> str:
     if rate is None:
         return "-"
-    return f"{100 * rate['share']:.1f} % ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
+    return f"{100 * rate['share']:.1f} ({100 * rate['low']:.0f}-{100 * rate['high']:.0f})"
+
+
+def _note(trial: Trial) -> str:
+    return "refused" if trial.refusal else ", ".join(trial.broken)
 
 
 def _plain(trial: Trial) -> dict[str, Any]:
