@@ -2,7 +2,7 @@
 
 Pure functions. On a CPU rows take two batched products, and so does a chunk over many keys: the
 flash kernel spends its time on calls where queries are few, and takes some 1.7 times as long as the
-products where keys are many. Does not rotate or store keys (fused.py, cache.py).
+products where keys are many. Does not rotate or store keys (fused.py, cache.py, slab.py).
 """
 
 import math

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.engine.cache import PromptCache, Slab
+from server.engine.cache import PromptCache
+from server.engine.slab import Slab
 from steering.plan import SteeringPlan
 from steering.stopwatch import Reading, Seconds
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift
-from server.engine.cache import KVShape, PromptCache, Slab
+from server.engine.cache import PromptCache
 from server.engine.families import Family
 from server.engine.runner import SteeringFaultError
+from server.engine.slab import KVShape, Slab
 from steering.layers import text_config
 from steering.methods import sample_delta
 from steering.plan import SteeringPlan

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Output, stacked_bases
-from server.engine.cache import PromptCache, Slab
+from server.engine.cache import PromptCache
+from server.engine.slab import Slab
 from steering.hooks import Injection, Injector, record, record_inputs
 from steering.layers import decoder_layers, text_config
 from steering.methods import sample_delta

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from server.engine.attention import Queries, attend_chunk, attend_rows, queries_of, row_mask
 from server.engine.batch import Batch, Chunk, Output
-from server.engine.cache import Slab
 from server.engine.linear import Linear
 from server.engine.memory import leave_file
+from server.engine.slab import Slab
 from server.engine.steering_pass import SteeringPass
 from steering.layers import decoder_layers, text_config
 from steering.stopwatch import stopwatch_of

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Output, Rows, Shift, stacked_bases
-from server.engine.cache import KVShape, PromptCache, RowCache, Slab
+from server.engine.cache import PromptCache, RowCache
 from server.engine.costs import Costs
 from server.engine.families import Family, bidirectional_blocks, embed, encode_image, images_between
 from server.engine.measured import take_measured
 from server.engine.prefix import PrefixCache, blocks_of
 from server.engine.scheduler import PrefillChunk
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
+from server.engine.slab import KVShape, Slab
 from server.engine.stats import Counters
 from server.engine.types import EngineError, ImageInput
 from server.engine.vision import SHARED_NAMESPACE, VisionCache

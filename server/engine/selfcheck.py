@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Rows
-from server.engine.cache import KVShape, PromptCache, Slab
+from server.engine.cache import PromptCache
 from server.engine.families import Family, bidirectional_blocks, embed, encode_image
 from server.engine.inputs import InputBuilder
+from server.engine.slab import KVShape, Slab
 from server.engine.types import EngineError, Prompt
 from steering.processors import writes_its_own_bos
 

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from server.engine.batch import Batch, Chunk, Decoder, Rows, stacked_bases
-from server.engine.cache import KVShape, PromptCache, Slab
+from server.engine.cache import PromptCache
 from server.engine.families import Family, bidirectional_blocks, embed, encode_image, family_of
 from server.engine.inputs import InputBuilder
+from server.engine.slab import KVShape, Slab
 from server.engine.types import Prompt
 from steering.extract import last_hidden
 from steering.hooks import Injection, steer

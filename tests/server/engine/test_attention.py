@@ -5,7 +5,8 @@ import torch
 
 from server.engine.attention import MANY_KEYS, MAX_QUERIES, attend_chunk, queries_of
 from server.engine.batch import Chunk
-from server.engine.cache import KVShape, PromptCache
+from server.engine.cache import PromptCache
+from server.engine.slab import KVShape
 
 NUM_KV_HEADS, GROUP, DIM = 2, 3, 8
 SHAPE = KVShape(1, NUM_KV_HEADS, DIM, torch.float32, torch.device("cpu"))

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from server.engine.batch import Batch, Chunk, Output, Rows, Shift, stacked_bases
-from server.engine.cache import KVShape, PromptCache, Slab
+from server.engine.cache import PromptCache
 from server.engine.decoders import DecoderChoice, build_decoder
+from server.engine.slab import KVShape, Slab
 from server.engine.steering_pass import SteeringPass
 from server.engine.types import EngineError, Failed
 from steering.plan import Schedule
