@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -68,39 +68,50 @@ def create_app(
     writable = store if settings.admin_store is None else open_own(settings.admin_store)
     services = build_services(settings, engine or build_engine(settings), store, writable)
     tracer = None if open_tracer is None else open_tracer(settings, services.model_name)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        try:
-            async with running(services):
-                yield
-        finally:
-            for each in opened:
-                with suppress(StoreError):  # a lost one, too, has let go of what it held
-                    await each.close()
-            if tracer is not None:
-                await asyncio.to_thread(tracer.close)
-
     app = FastAPI(
-        lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+        lifespan=lambda _: _lifespan(services, opened, tracer),
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.services = services
     for module in (chat, models, status):
         app.include_router(module.router)
     for kind in ERRORS_WITH_A_STATUS:
         app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(  # innermost
-        BodyLimit, max_bytes=settings.max_body_bytes, budget=services.bodies
-    )
-    app.add_middleware(RateLimits, directory=services.directory, limits=services.limits)
-    app.add_middleware(Auth, settings=settings, directory=services.directory)
-    if settings.api_key is None:
-        app.add_middleware(LoopbackHost)  # Settings let nothing but loopback do without a key
     observers: list[Observer] = [log_request, services.metrics.observe_request]
     if tracer is not None:
         observers.insert(0, tracer.observe)  # the trace's id stands in the log line
-    app.add_middleware(RequestContext, in_flight=services.in_flight, observers=observers)
+    _add_middleware(app, services, observers)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(
+    services: Services, stores: Sequence[Store], tracer: "RequestTracer | None"
+) -> AsyncIterator[None]:
+    """stores: those to close at the end."""
+    try:
+        async with running(services):
+            yield
+    finally:
+        for each in stores:
+            with suppress(StoreError):  # a lost one, too, has let go of what it held
+                await each.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
+
+
+def _add_middleware(app: FastAPI, services: Services, observers: Sequence[Observer]) -> None:
+    """From the innermost to the outermost."""
+    settings, directory = services.settings, services.directory
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, budget=services.bodies)
+    app.add_middleware(RateLimits, directory=directory, limits=services.limits)
+    app.add_middleware(Auth, settings=settings, directory=directory)
+    if settings.api_key is None:
+        app.add_middleware(LoopbackHost)  # Settings let nothing but loopback do without a key
+    app.add_middleware(RequestContext, in_flight=services.in_flight, observers=observers)
 
 
 def tracing(settings: Settings) -> "Callable[[Settings, str], RequestTracer] | None":
@@ -177,16 +188,20 @@ def build_services(settings: Settings, engine: Engine, store: Store, writable: S
         vectors=vectors,
         sync=sync,
         heartbeat=heartbeat,
-        media_limits=MediaLimits(
-            max_images=settings.max_images,
-            max_bytes=settings.max_image_bytes,
-            max_pixels=settings.max_image_pixels,
-            max_aspect=settings.max_image_aspect,
-        ),
+        media_limits=_media_limits(settings),
         created=int(started_at),
         pool=ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare"),
         bodies=BodyBudget(settings.max_buffered_bytes),
         metrics=metrics,
+    )
+
+
+def _media_limits(settings: Settings) -> MediaLimits:
+    return MediaLimits(
+        max_images=settings.max_images,
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_aspect=settings.max_image_aspect,
     )
 
 

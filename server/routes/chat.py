@@ -57,12 +57,7 @@ async def create_chat_completion(request: Request) -> Response:
         inputs, plan = await _prepared(
             services, wire, plan, policy.on_error, record, request.receive
         )
-    if plan.reason == "shift-failed":  # why is not logged: templates put conversations into errors
-        log.warning(
-            "request_id=%s unsteered: its shift cannot be measured",
-            record.request_id,
-            extra=record.ids,
-        )
+    _warn_of_failed_shift(plan, record)
     body_share_of(request.scope).release()
     generation = Generation(services.engine, services.bridge)
     engine_request = EngineRequest(
@@ -84,6 +79,12 @@ async def create_chat_completion(request: Request) -> Response:
         return WholeResponse(generation, engine_request, record, head, steered)
     include_usage = bool(wire.stream_options and wire.stream_options.include_usage)
     return StreamResponse(generation, engine_request, record, head, steered, include_usage)
+
+
+def _warn_of_failed_shift(plan: SteeringPlan, record: RequestRecord) -> None:
+    if plan.reason == "shift-failed":  # why is not logged: templates put conversations into errors
+        text = "request_id=%s unsteered: its shift cannot be measured"
+        log.warning(text, record.request_id, extra=record.ids)
 
 
 def _overhead_so_far(record: RequestRecord) -> Overhead:
