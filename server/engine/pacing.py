@@ -44,7 +44,8 @@ class Pacer:
         """A step took `step_s` seconds, from its scheduling to its last token."""
         is_long = num_rows > 0 and num_prefilled > max(self._paced, MIN_CHUNK)
         refilled = min(self._long_steps + 1 / LONG_STEP_EVERY, MAX_LONG_STEPS)
-        self._long_steps = self._long_steps - 1 if is_long else refilled
+        # Not below none: a picture that is kept whole makes a step long that was not granted.
+        self._long_steps = max(self._long_steps - 1, 0.0) if is_long else refilled
         if not num_prefilled:
             before = self._decode_s.get(num_rows, step_s)
             self._decode_s[num_rows] = before + _WEIGHT * (step_s - before)

@@ -97,6 +97,17 @@ def test_a_burst_gets_a_few_long_steps_and_then_waits_its_turn() -> None:
     assert pacer.budget(NUM_ROWS, 5 * NUM_ROWS) == 2000
 
 
+def test_long_steps_that_were_not_granted_leave_no_debt() -> None:
+    """Pictures that are kept whole made such steps; bursts then waited for thousands of others."""
+    pacer = settled(0.0001, max_chunk=2000)
+    for _ in range(50):
+        assert pacer.budget(NUM_ROWS, 1) < 600
+        pacer.observe(DECODE_S + 0.0001 * 600, 600, NUM_ROWS)
+    for _ in range(LONG_STEP_EVERY):
+        pacer.observe(DECODE_S, 0, NUM_ROWS)
+    assert pacer.budget(NUM_ROWS, MIN_BURST) == 2000
+
+
 @pytest.mark.parametrize(
     ("num_rows", "num_waiting", "is_burst"),
     [(1, 1, False), (1, 2, True), (4, 3, False), (4, 4, True), (12, 5, False), (12, 6, True)],
