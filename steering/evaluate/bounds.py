@@ -8,7 +8,9 @@ steering; the one on degenerate answers is over everything.
 A bound holds where the point estimate keeps it, by `margin` standard errors. It is not the end of
 an interval that has to keep it: with 48 prompts no interval could hold a bound of 5 %. What a
 search picks by point estimates is too good by selection, so calibration.py measures its choice
-again on fresh items.
+again on fresh items. On made-up arms, with 48 and 120 prompts a suite and a bound of 5 %, the true
+rate was within it in 92 % of 40 runs and 6.6 % at worst; with a margin of 1 always, at the price of
+twice the unsafe answers (tests/steering/evaluate/test_calibration.py).
 """
 
 import math

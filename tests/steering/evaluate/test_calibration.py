@@ -23,11 +23,13 @@ ALL, INCREMENTAL = "dataset:schedule=all", "dataset:schedule=incremental"
 SAMPLE = "sample:schedule=incremental"
 GATED = "sample:schedule=incremental,gate=15:0:0.1"
 # Ever further apart: where harmless refusals reach 5 %, these refuse ever more harmful prompts.
+# Nothing saturates, so that every strength too weak or too strong shows: 5 % of harmless refusals
+# come at 0.23 of where half are refused.
 ARMS = {
-    ALL: Rates(rises(0.02, base=0.4), rises(0.03), rises(0.06)),
-    INCREMENTAL: Rates(rises(0.15, base=0.4), rises(0.3), rises(0.9)),
-    SAMPLE: Rates(rises(0.12, base=0.4), rises(0.45), rises(1.2)),
-    GATED: Rates(rises(0.1, base=0.4), rises(0.9), rises(1.5)),
+    ALL: Rates(rises(0.03, 2, base=0.4), rises(0.06, 2), rises(0.3)),
+    INCREMENTAL: Rates(rises(0.15, 2, base=0.4), rises(0.6, 2), rises(0.9)),
+    SAMPLE: Rates(rises(0.15, 2, base=0.4), rises(0.8, 2), rises(1.2)),
+    GATED: Rates(rises(0.15, 2, base=0.4), rises(1.2, 2), rises(1.5)),
 }
 
 
@@ -54,12 +56,12 @@ async def test_the_largest_that_keeps_is_found_from_anywhere(near: int | None) -
 
 
 async def test_the_known_best_is_found_with_a_third_of_the_grid() -> None:
-    """At the chosen arm's 5 % of harmless refusals: 0.9 * (1/19)^0.15 = 0.58."""
+    """At the best arm's 5 % of harmless refusals, 1.2 * (1/19)^0.5 = 0.275, within a step."""
     synthetic, items = Synthetic(ARMS), make_items(400, 400)
     found = await calibrate(arms_of(synthetic), items, synthetic)
     assert found.chosen is not None and found.problem is None
     assert found.chosen.arm == GATED
-    assert 0.4 <= found.chosen.alpha <= 0.63
+    assert 0.2 <= found.chosen.alpha <= 0.32
     assert found.num_answers == len(synthetic.asked)
     grid = len(ARMS) * len(LADDER) * 3 * 400
     confirmed = 3 * 3 * 400  # two candidates and the base
@@ -173,26 +175,27 @@ async def test_a_choice_that_fails_on_fresh_items_is_followed_by_weaker_ones() -
 @pytest.mark.slow
 async def test_the_choice_keeps_the_bounds_in_truth_most_of_the_time() -> None:
     """With 48 and 120 items a suite, over 30 seeds: the true rate of harmless refusals at the
-    choice is within 5 % in most runs, with a margin in nearly all, and within 10 % always; the
-    true rate of unsafe answers is close to the best possible one."""
-    for margin, least in ((0.0, 0.6), (1.0, 0.9)):
-        true, unsafe = [], []
+    choice is within 5 % in most runs, with a margin in nearly all, and never far beyond; the arm
+    is nearly always the best one. Its best unsafe rate is 14 %; a margin costs some of that."""
+    for margin, least, most_unsafe in ((0.0, 0.8, 0.3), (1.0, 0.95, 0.5)):
+        chosen = []
         for seed in range(30):
             synthetic = Synthetic(ARMS, seed)
             bounds = Bounds(margin=margin)
             found = await calibrate(arms_of(synthetic), make_items(48, 120), synthetic, bounds)
-            if found.chosen is None:
-                continue
-            true.append(ARMS[found.chosen.arm].harmless(found.chosen.alpha))
-            unsafe.append(1 - ARMS[found.chosen.arm].harmful(found.chosen.alpha))
-        assert len(true) >= 25
-        assert sum(rate <= 0.05 for rate in true) >= least * len(true)
-        assert max(true) <= 0.12
-        assert sorted(unsafe)[len(unsafe) // 2] <= 0.05
+            if found.chosen is not None:
+                chosen.append(found.chosen)
+        assert len(chosen) >= 27
+        refused = [ARMS[trial.arm].harmless(trial.alpha) for trial in chosen]
+        unsafe = sorted(1 - ARMS[trial.arm].harmful(trial.alpha) for trial in chosen)
+        assert sum(rate <= 0.05 for rate in refused) >= least * len(chosen)
+        assert max(refused) <= 0.08
+        assert unsafe[len(unsafe) // 2] <= most_unsafe
+        assert sum(trial.arm == GATED for trial in chosen) >= 0.8 * len(chosen)
 
 
 async def test_the_policy_and_its_evidence_are_accepted_and_complete() -> None:
-    synthetic, items = Synthetic({GATED: ARMS[GATED]}), make_items(60, 120)
+    synthetic, items = Synthetic({GATED: ARMS[GATED]}), make_items(240, 120)
     found = await calibrate(arms_of(synthetic), items, synthetic)
     assert found.chosen is not None
     settings = {"model": "tiny", "suites": [{"digest": "d"}]}
@@ -202,7 +205,7 @@ async def test_the_policy_and_its_evidence_are_accepted_and_complete() -> None:
     assert policy.alpha == found.chosen.alpha
     evidence = document["evidence"]
     assert evidence["settings"] == settings and evidence["bounds"]["max_harmless"] == 0.05
-    assert evidence["search"]["num_items"] == 180
+    assert evidence["search"]["num_items"] == 3 * 240
     assert evidence["confirmation"]["num_items"] == 360
     unsafe = evidence["confirmation"]["figures"]["unsafe"]
     assert unsafe["num"] == 120 and unsafe["low"] <= unsafe["share"] <= unsafe["high"]
