@@ -139,7 +139,7 @@ def _cost(board: Board) -> None:
             "Steered requests that finished within the time shown, and what steering cost them.",
             {"tenant": "Tenant", "mode": "Mode"},
             {
-                "Requests": (f"{total(over_range(f'{SECONDS}_count'), by)} > 0", "short"),
+                "Requests": (f"round({total(over_range(f'{SECONDS}_count'), by)}) > 0", "short"),
                 "p50": (quantile_over_range("0.5", SECONDS, by), "s"),
                 "p95": (quantile_over_range("0.95", SECONDS, by), "s"),
                 "p99": (quantile_over_range("0.99", SECONDS, by), "s"),
