@@ -12,8 +12,9 @@ from steering.plan import SteeringPlan
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds that steering cost one request. shift: the passes of the sample level's two prompts;
-    inject: subtracting; store: taking the vectors; admission: policy, plan, making the two prompts.
+    """Seconds that steering cost one request. shift: the passes of the sample level's two prompts,
+    and of the token that a gate reads; inject: subtracting; store: taking the vectors; admission:
+    policy, plan, making the two prompts.
     """
 
     shift_s: float = 0.0

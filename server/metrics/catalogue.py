@@ -115,8 +115,9 @@ class RequestFamilies(Declared):
         )
         self.stage = self._histogram(
             "steering_stage_seconds",
-            "The same by stage: shift (the passes of the two extra prompts), inject (subtracting), "
-            "store (taking the vectors), admission (policy, plan, making the two prompts).",
+            "The same by stage: shift (the passes of the two extra prompts, the token that a gate "
+            "reads), inject (subtracting), store (taking the vectors), admission (policy, plan, "
+            "making the two prompts).",
             *("mode", "stage"),
             bounds=OVERHEAD_S,
         )

@@ -94,7 +94,7 @@ class RequestMetrics:
         if e2e_s > 0:
             families.overhead_ratio.observe(overhead.total_s / e2e_s, tenant, mode)
         for stage, seconds in overhead.by_stage.items():
-            if stage != "shift" or mode == "sample":
+            if stage != "shift" or mode == "sample" or seconds:  # at dataset level only of a gate
                 families.stage.observe(seconds, mode, stage)
         families.dose.observe(steered.relative_dose, mode)
 

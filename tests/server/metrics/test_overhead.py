@@ -90,6 +90,22 @@ def test_the_stages_of_the_sample_level_are_told_apart(
     assert prepare is not None and prepare > 0
 
 
+def test_what_a_gate_reads_is_in_the_stages_as_it_is_in_the_whole(
+    client: TestClient, fake_engine: FakeEngine, scraped: Scraping
+) -> None:
+    """At dataset level the stages came to less than the overhead that they are said to be."""
+    timings = replace(TIMINGS, shift_s=0.25)
+    fake_engine.script = plays(
+        TextEvent(0, "x"), ChoiceFinished(0, "stop"), Finished(7, 1, timings)
+    )
+    assert client.post(PATH, json=chat_body(images=1)).status_code == 200
+    scrape = scraped(client)
+    stage = {"mode": "dataset", "stage": "shift"}
+    assert scrape.value("deshift_steering_stage_seconds_sum", **stage) == 0.25
+    whole = scrape.value("deshift_steering_overhead_seconds_sum", mode="dataset")
+    assert scrape.value("deshift_steering_stage_seconds_sum") == pytest.approx(whole)
+
+
 class SlowPairEngine(FakeEngine):
     """Says that making the two prompts took far longer than it did."""
 
