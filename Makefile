@@ -38,7 +38,7 @@ $(VENV)/.stamp: pyproject.toml deploy/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): torch, then the rest (a few minutes the first time)"
 	@$(BIN)/python -m pip install -qq --constraint deploy/constraints.txt $(TORCH)
-	@$(BIN)/python -m pip install -qq --constraint deploy/constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --constraint deploy/constraints.txt --editable '.[dev,eval,otel]'
 	@touch $@
 
 clean:

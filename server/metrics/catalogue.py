@@ -9,8 +9,8 @@ from server.metrics.families import Family, Histograms, Numbers, escaped
 
 PREFIX = "deshift_"
 OVERHEAD_S = (
-    *(1e-5, 1e-4, 3e-4, 1e-3, 2e-3, 5e-3),
-    *(1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 5.0),
+    *(1e-5, 1e-4, 3e-4, 1e-3, 5e-3),
+    *(1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 )
 RATIO = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 PROJECTION = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
