@@ -198,7 +198,7 @@ def _load(board: Board) -> None:
         *(6, 8),
         timeseries(
             "Running requests and rows",
-            "Requests in the engine's rows; the limit of sequences decoded together.",
+            "Rows that are taken, from a request's prefill on, and how many there are.",
             "short",
             target(total(select(RUNNING)), "running"),
             target(total(select(MAX_ROWS)), "rows"),
