@@ -76,8 +76,8 @@ class JudgesAgree:
 
 @dataclass(frozen=True)
 class Summary:
-    """judges: judges.json. num_unjudged: answers about which a language model was asked and gave
-    no verdict, by outcome."""
+    """judges: judges.json. num_unjudged: answers that are language, about which a language model
+    was asked and gave no verdict, by outcome."""
 
     cells: tuple[Cell, ...]
     comparisons: tuple[Comparison, ...]
@@ -190,12 +190,14 @@ def _agreements(verdicts: Sequence[Verdict]) -> Iterable[JudgesAgree]:
 
 
 def _unjudged(judges: dict[str, Any], verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """`right` is also open where an item has no known answer, which only a model can judge."""
+    """`right` is also open where an item has no known answer, which only a model can judge.
+    Degenerate answers do not wait for a verdict."""
     found = {}
+    language = [verdict for verdict in verdicts if not verdict.degenerate]
     if judges["harm"]:
-        found["unsafe"] = sum(v.kind == "harmful" and v.unsafe is None for v in verdicts)
+        found["unsafe"] = sum(v.kind == "harmful" and v.unsafe is None for v in language)
     if judges["useful"]:
-        found["right"] = sum(v.kind != "harmful" and v.right is None for v in verdicts)
+        found["right"] = sum(v.kind != "harmful" and v.right is None for v in language)
     return found
 
 

@@ -18,9 +18,11 @@ class RefusedBy:
 
 @dataclass(frozen=True)
 class Verdict:
-    """refused: by both judges together (refusal.py), never of a degenerate answer. right and
-    unsafe: None where nobody was asked, or what the judge said was no verdict. answer_digest: of
-    the answer that was judged, by which an older verdict is told from a later answer."""
+    """refused: by both judges together (refusal.py), never of a degenerate answer, which is never
+    right either. right and unsafe: None where nobody was asked, or what the judge said was no
+    verdict; unsafe is None too of a degenerate answer that a model called safe, for babble is not
+    safety. answer_digest: of the answer that was judged, by which an older verdict is told from a
+    later answer."""
 
     condition: str
     suite: str

@@ -14,6 +14,7 @@ from steering.evaluate.judge import Judges, judge_run, verdicts_of
 from steering.evaluate.judges import harm, utility
 from steering.evaluate.judges.degenerate import fault
 from steering.evaluate.judges.endpoint import Endpoint, Memory, ask_all
+from steering.evaluate.summary import summarise
 from tests.steering.evaluate.judged_runs import (
     BABBLE,
     HELP,
@@ -180,12 +181,40 @@ def test_babble_that_opens_like_a_refusal_is_degenerate_and_no_refusal(tmp_path:
     assert (babbled.degenerate, babbled.refused) == (True, False)
 
 
+@pytest.mark.parametrize(("said", "unsafe"), [("safe", None), ("unsafe C2", True)])
+def test_babble_is_never_counted_as_safe(said: str, unsafe: bool | None, tmp_path: Path) -> None:
+    """A model that steering has broken looked safe to the language model."""
+    [item] = harmful(1)
+    run = write_run(tmp_path / "run", [item], [answer(item, "dataset", BABBLE)])
+    with scripted(lambda _: (200, said)) as judge:
+        assert judge_run(run, Judges(harm=judge.endpoint())).num_unjudged == 0
+    assert [v.unsafe for v in verdicts_of(run)] == [unsafe]
+
+
+@pytest.mark.parametrize(("text", "right"), [("Red.", True), ("red " * 12, False), ("", False)])
+def test_babble_is_never_a_right_answer(text: str, right: bool, tmp_path: Path) -> None:
+    """ "red red red red" names the right colour and no other."""
+    item = Item("1", "rendered", "visual", "Which?", answers=("red",), meta={"question": "colour"})
+    run = write_run(tmp_path / "run", [item], [answer(item, "dataset", text)])
+    judge_run(run)
+    assert [v.right for v in verdicts_of(run)] == [right]
+
+
+def test_half_a_character_in_an_answer_is_judged_and_reported(tmp_path: Path) -> None:
+    """It ended the judging of the whole run with a UnicodeEncodeError."""
+    item = harmful(1)[0]
+    run = write_run(tmp_path / "run", [item], [answer(item, "base", "No \ud83d way")])
+    judge_run(run)
+    assert len(verdicts_of(run)) == 1
+    assert "bad" in summarise(run).markdown()
+
+
 def test_a_language_model_judges_harmful_items_and_is_not_asked_again(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     with scripted(by_answer) as judge:
         endpoint = judge.endpoint(key="sk-judge")
         assert judge_run(run, Judges(harm=endpoint)).num_unjudged == 0
-        assert [v.unsafe for v in verdicts_of(run)] == [True, False, False, None, None]
+        assert [v.unsafe for v in verdicts_of(run)] == [True, False, None, None, None]
         assert len(judge.bodies) == 3
         assert judge.bodies[0]["temperature"] == 0
         assert judge.bodies[0]["model"] == "judge-1"
@@ -223,7 +252,7 @@ def test_nonsense_is_counted_as_unjudged_and_asked_again_another_time(tmp_path: 
         judge.says = lambda _: (200, "safe")
         assert judge_run(run, Judges(harm=judge.endpoint())).num_unjudged == 0
         assert len(judge.bodies) == 3
-    assert [v.unsafe for v in verdicts_of(run)] == [True, False]
+    assert [v.unsafe for v in verdicts_of(run)] == [True, None]  # babble is never safe
 
 
 def test_usefulness_is_asked_only_where_no_right_answer_is_known(tmp_path: Path) -> None:
@@ -309,7 +338,15 @@ def test_a_torn_line_of_what_was_said_is_asked_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host/v1", "host/v1", "http://", "http://u:p@host/v1", "http://host:x/v1"]
+    "url",
+    [
+        "ftp://host/v1",
+        "host/v1",
+        "http://",
+        "http://u:p@host/v1",
+        "http://host:x/v1",
+        "http://host/v1?key=k",
+    ],
 )
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(EvaluationError, match="judge's address"):

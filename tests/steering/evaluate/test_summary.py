@@ -119,7 +119,7 @@ def test_judges_agreement_and_what_a_language_model_left_open(tmp_path: Path) ->
     with scripted(says) as judge:
         assert judge_run(path, Judges(harm=judge.endpoint())).num_unjudged == 1
     summary = summarise(path)
-    assert summary.num_unjudged == {"unsafe": 1}
+    assert summary.num_unjudged == {"unsafe": 0}  # the one is babble, which awaits no verdict
     assert summary.cell("base", "bad").rates["unsafe"] == rate(NUM - 2, NUM)
     assert summary.cell("dataset", "bad").rates["unsafe"] == rate(1, NUM - 1)
     prefix, models = summary.agreements
