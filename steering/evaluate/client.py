@@ -88,7 +88,7 @@ def http_client(url: str, api_key: str | None, concurrency: int) -> httpx.AsyncC
         base = httpx.URL(url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL:
         base = httpx.URL()
-    if base.scheme not in ("http", "https") or not base.host or base.userinfo:
+    if base.scheme not in ("http", "https") or not base.host or base.userinfo or base.query:
         raise EvaluationError(
             "--url must be http(s)://HOST[:PORT], without credentials in it (see --api-key-env)"
         )
@@ -163,7 +163,9 @@ async def _ask_once(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply
     try:
         choice = answer["choices"][0]
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-        return Reply(str(text), choice.get("finish_reason"), answer.get("steering"), seconds)
+        return Reply(
+            _whole(str(text)), choice.get("finish_reason"), answer.get("steering"), seconds
+        )
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Refused(200, "malformed", "the answer is no chat completion", None) from None
 
@@ -173,7 +175,7 @@ def _refusal(
 ) -> Refused:
     error = answer.get("error")
     error = error if isinstance(error, dict) else {}
-    message = str(error.get("message") or response.reason_phrase)[:_MAX_MESSAGE]
+    message = _whole(str(error.get("message") or response.reason_phrase)[:_MAX_MESSAGE])
     key = client.headers.get("authorization", "").removeprefix("Bearer ")
     if key:  # some servers quote it
         message = message.replace(key, "***")
@@ -183,6 +185,11 @@ def _refusal(
     except (KeyError, ValueError):  # absent, or a date
         wait_s = None
     return Refused(response.status_code, None if code is None else str(code), message, wait_s)
+
+
+def _whole(text: str) -> str:
+    """JSON can spell half a character, which no file or page can hold: it becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _is_passing(error: BaseException) -> bool:

@@ -20,6 +20,10 @@ from steering.evaluate.pictures import Shown
 from steering.evaluate.record import Answer, RunDir
 
 CONCURRENCY = 16
+_HIDDEN = (
+    "this is a Deshift server behind one that hides it: its policy may steer what is to be "
+    "unsteered; ask it directly"
+)
 Done = Callable[[Answer], None]
 
 
@@ -179,13 +183,17 @@ def _misapplied(
     """What the server did instead of what was asked for: a kill switch, a rollout, a server that
     drops fields. Such an answer is none of this condition."""
     wanted = condition.steering
-    if wanted is None or not server.is_deshift:
+    if not server.is_deshift:  # so that it was asked for nothing, and its policy may have steered
+        return None if applied is None else _HIDDEN
+    if wanted is None:
         return None
     if applied is None:
         return "the answer does not say how it was steered"
     is_off = wanted["mode"] == "off" or wanted.get("alpha") == 0
     expected = dict(wanted) if not is_off else {"mode": "off"}
-    if wanted.get("gate", "none") != "none":
+    if not is_off and wanted.get("gate", "none") != "none":
+        if applied.get("mode") != "off" and applied.get("gate_opening") is None:
+            return "the answer does not say that a gate was read"
         expected.pop("alpha", None)  # the most that a prompt may get: what it got is the gate's
     for name, value in expected.items():
         if name in applied and (applied[name] or "none") != value:

@@ -38,6 +38,8 @@ class Row:
             value = str(value)  # ids are numbers in some files
         if value is not None and not isinstance(value, str):
             raise self.error(field, "is not text")
+        if not _is_whole(value or ""):
+            raise self.error(field, "holds half of a surrogate pair (\\ud800 to \\udfff)")
         return (value or "").strip() or None
 
     def texts(self, field: str) -> tuple[str, ...]:
@@ -45,7 +47,9 @@ class Row:
         value = self.values.get(field)
         if value is None:
             return ()
-        if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
+        if not isinstance(value, list) or not all(
+            isinstance(each, str) and each and _is_whole(each) for each in value
+        ):
             raise self.error(field, "is not a list of texts")
         return tuple(value)
 
@@ -123,6 +127,11 @@ def read_text(path: Path) -> str:
         raise EvaluationError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def _is_whole(text: str) -> bool:
+    """Whether it is text: JSON can spell half a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _objects(path: Path, rows: Iterable[tuple[int, object]]) -> Iterator[Row]:

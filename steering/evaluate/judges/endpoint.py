@@ -47,7 +47,7 @@ class Endpoint:
             url = httpx.URL(self.url)
         except httpx.InvalidURL:
             url = httpx.URL()
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo:
+        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query:
             raise EvaluationError(
                 "the judge's address must be http(s)://HOST[:PORT]/v1, without credentials in it"
             )

@@ -438,6 +438,62 @@ async def test_nobody_there_a_wrong_key_and_no_models_are_told_apart() -> None:
             await connect(other_server(answer).client, None)
 
 
+async def test_a_deshift_server_that_a_proxy_hides_is_no_unsteered_server() -> None:
+    """Asked in plain OpenAI, its policy would have steered what counts as the base."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "theirs"}]})
+        if request.url.path != "/v1/chat/completions":
+            return httpx.Response(404)
+        said = {"message": {"content": "No."}}
+        return httpx.Response(200, json={"choices": [said], "steering": {"mode": "dataset"}})
+
+    asker = other_server(answer)
+    asker = replace(asker, server=await connect(asker.client, None))
+    [base] = for_server([parse("base")], asker.server)
+    answered = await asker.answer(
+        Item("a", "s", "harmful", "Hi", Path("server/demo/photo.jpg")), base
+    )
+    assert answered.answer == "" and "Deshift server behind" in str(answered.error)
+
+
+@pytest.mark.parametrize(
+    ("opening", "problem"), [(0.5, None), (None, "the answer does not say that a gate was read")]
+)
+async def test_a_gate_that_was_not_read_is_none_of_the_condition(
+    opening: float | None, problem: str | None
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny", "owned_by": "deshift"}]})
+        if request.url.path != "/v1/chat/completions":
+            return httpx.Response(404)
+        applied = {"mode": "dataset", "alpha": 0.2, "gate_opening": opening, "reason": None}
+        said = {"message": {"content": "No."}}
+        return httpx.Response(200, json={"choices": [said], "steering": applied})
+
+    asker = other_server(answer)
+    asker = replace(asker, server=await connect(asker.client, None))
+    item = Item("a", "s", "harmful", "Hi", Path("server/demo/photo.jpg"))
+    answered = await asker.answer(item, parse("dataset:alpha=0.4,gate=1"))
+    assert answered.error == problem
+
+
+async def test_half_a_character_in_an_answer_becomes_a_whole_one() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "theirs"}]})
+        if request.url.path != "/v1/chat/completions":
+            return httpx.Response(404)
+        return httpx.Response(200, content=b'{"choices": [{"message": {"content": "a\\ud83d b"}}]}')
+
+    asker = other_server(answer)
+    asker = replace(asker, server=await connect(asker.client, None))
+    answered = await asker.answer(Item("a", "s", "harmful", "Hi"), parse("text-only"))
+    assert answered.answer == "a\ufffd b"
+
+
 async def test_a_key_that_a_server_quotes_is_not_recorded(tmp_path: Path) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.method == "GET":

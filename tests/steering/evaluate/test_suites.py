@@ -98,6 +98,8 @@ def test_an_own_suite_is_named_after_its_file_or_as_one_likes(tmp_path: Path) ->
         ({"answers": "red"}, "field 'answers' is not a list of texts"),
         ({"meta": {"a": 1}}, "field 'meta' is not an object of texts"),
         ({"promt": "x"}, "field 'promt' is not known"),
+        ({"prompt": "half \ud83d"}, "field 'prompt' holds half of a surrogate pair"),
+        ({"answers": ["\ud83d"]}, "field 'answers' is not a list of texts"),
     ],
 )
 def test_a_broken_row_is_named_by_file_line_and_field(
