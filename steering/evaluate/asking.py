@@ -53,7 +53,7 @@ class Asking:
         self._errors: dict[Key, str] = {}
         self._refused: dict[str, str] = {}
         self._done_by_server: set[str] = set()
-        for answer in known:
+        for answer in sorted(known, key=lambda answer: answer.error is not None):
             self._keep(answer)
 
     async def __call__(self, condition: Condition, items: Sequence[Item]) -> list[Verdict] | str:
@@ -86,12 +86,13 @@ class Asking:
         await self._asker.answers(pairs, keep, concurrency=self._concurrency)
 
     def _keep(self, answer: Answer) -> None:
-        """Errors are asked again another time, but for what the server will never do."""
+        """Errors are asked again another time, but for what the server will never do: a 400 to a
+        condition that it has done before is about the item."""
         error = answer.error
         if error is None:
             self._answers[answer.key] = answer
             self._done_by_server.add(answer.condition)
-        elif _WILL_NOT.match(error):
+        elif _WILL_NOT.match(error) and answer.condition not in self._done_by_server:
             self._refused[answer.condition] = error.partition(": ")[2]
         else:
             self._answers.pop(answer.key, None)

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from steering.errors import EvaluationError
 from steering.evaluate import conditions
 from steering.evaluate.arms import Arm
 from steering.evaluate.bounds import Bounds, Counts
@@ -207,7 +208,8 @@ class _Search:
     async def base(self, items: Sequence[Item]) -> Counts:
         """Without steering."""
         verdicts = await self._verdicts(self._base, items)
-        assert not isinstance(verdicts, str), f"no server refuses not to steer: {verdicts}"
+        if isinstance(verdicts, str):
+            raise EvaluationError(f"the server refuses to answer unsteered: {verdicts}")
         return Counts.of(verdicts, verdicts)
 
     async def _best(self, arm: Arm, items: Sequence[Item], near: int | None) -> Trial | None:
