@@ -29,6 +29,12 @@ class PrefillChunk:
         return self.end == len(self.state.prompt)
 
     @property
+    def was_taken_back(self) -> bool:
+        """Whether its request has given its shift up since: its pair is needed no more, and its own
+        prompt begins anew, without what went before this chunk."""
+        return self.state not in self.active.prompts or self.state.num_done < self.end
+
+    @property
     def ends_prefill(self) -> bool:
         """Whether the answer's first token comes of it."""
         return self.is_last and self.state.role == "own" and not self.reads_gate

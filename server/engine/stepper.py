@@ -112,7 +112,8 @@ class Stepper:
             self._fail(active, "engine", worded(error))
 
     def _embedded(self, chunks: list[PrefillChunk]) -> list[PrefillChunk]:
-        """Those whose prompts are embedded; a request whose prompt cannot be ends here."""
+        """Those whose prompts are embedded; a request whose prompt cannot be ends here, or begins
+        anew without its pair."""
         for chunk in chunks:
             active = chunk.active
             if active not in self._scheduler.prefilling:
@@ -127,7 +128,9 @@ class Stepper:
                 self._count_failure()
                 logger.exception("embedding request %s failed", active.request.request_id)
                 self._fail(active, "engine", worded(error))
-        return [chunk for chunk in chunks if chunk.state.embeds is not None]
+        return [
+            chunk for chunk in chunks if chunk.state.embeds is not None and not chunk.was_taken_back
+        ]
 
     def _run(
         self, chunks: list[PrefillChunk], rows: list[Sequence], probes: list[ActiveRequest]

@@ -15,6 +15,7 @@ import torch
 from server.engine.batch import Batch, Decoder
 from server.engine.decoders import DecoderChoice, build_decoder
 from server.engine.engine import EmbeddedEngine, EngineConfig
+from server.engine.prefix import BLOCK_LEN
 from server.engine.sequences import ActiveRequest
 from server.engine.types import (
     EngineError,
@@ -301,6 +302,36 @@ def test_a_shift_that_is_no_number_leaves_nothing_in_a_long_prompts_cache(
     ).wait()
     assert "NaN" in (answer.applied.failure or "")
     assert_equals_reference(tiny_llava, answer, prompt, images, None)
+
+
+def test_a_pair_that_fails_late_takes_back_what_its_own_prompt_is_about_to_run(
+    tiny_llava: TinyModel, start_engine: Start
+) -> None:
+    """The own prompt's last chunk ran all the same, on the cache that had just been emptied: the
+    answer was another one, and what the chunk computed went into the prefix cache."""
+    under_test = start_engine(
+        tiny_llava, max_model_len=1024, prefill_chunk=64, prefix_cache_bytes=1 << 22
+    )
+    images = [picture(1)]
+    # All but the text-only prompt's last token is a whole number of the prefix cache's blocks, so
+    # that this one token waits, without its embedding, while the own prompt goes ahead.
+    lengths = (len(under_test.inputs("y" * num).prompt) for num in range(200, 216))
+    prompt = "y" * next(num for num, length in enumerate(lengths, 200) if length % BLOCK_LEN == 1)
+    under_test.ask(prompt, max_tokens=1).wait()
+    inputs = under_test.inputs(prompt, images, "blank")
+    assert inputs.pair is not None
+    text_only = inputs.pair.text_only
+    broken = replace(text_only, token_ids=(*text_only.token_ids[:-1], 10**9))
+    answer = under_test.ask(
+        prompt,
+        inputs=replace(inputs, pair=replace(inputs.pair, text_only=broken)),
+        sample=sample_plan(),
+        on_error="serve-unsteered",
+    ).wait()
+    assert "cannot be embedded" in (answer.applied.failure or "")
+    assert_equals_reference(tiny_llava, answer, prompt, images, None)
+    again = under_test.ask(prompt, images).wait()
+    assert_equals_reference(tiny_llava, again, prompt, images, None)
 
 
 def test_logits_that_are_not_numbers_end_the_request_and_leave_no_trace(
