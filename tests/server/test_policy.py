@@ -1,11 +1,11 @@
 """Who may ask for what, and which plan comes out."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from server.documents import PolicyFields
+from server.documents import PolicyFields, TenantDocument, parse
 from server.errors import (
     ConfigError,
     InvalidRequestError,
@@ -13,7 +13,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.policy import Override, Policy, decide, default_fields
-from steering.plan import Schedule, SteeringPlan
+from steering.plan import Gate, Schedule, SteeringPlan
 from tests.server.conftest import make_settings
 
 ALL = Schedule()
@@ -110,11 +110,33 @@ def test_strengthen_lets_alpha_rise(alpha: float) -> None:
         Override(alpha=0.0),
         Override(mode="off"),
         Override(alpha=1.0, schedule=INCREMENTAL),
+        Override(gate=Gate(1)),  # would close for some prompts
+        Override(alpha=2.0, gate=Gate(1)),
+        Override(method="safety-projected"),
+        Override(alpha=1.0, method="project"),
     ],
 )
 def test_strengthen_forbids_the_rest(override: Override) -> None:
     with pytest.raises(OverrideForbiddenError, match="strengthen"):
         decide(make_policy(client_override="strengthen"), override, True, Vectors())
+
+
+@pytest.mark.parametrize("gate", ["none", Gate(1, 0.5), Gate(1, temperature=0.2), Gate(2)])
+def test_a_policys_gate_is_not_changed_under_strengthen_and_stays_where_alpha_rises(
+    gate: Gate | Literal["none"],
+) -> None:
+    policy = make_policy(client_override="strengthen", gate=Gate(1))
+    with pytest.raises(OverrideForbiddenError, match="gate=1:0:0.1"):
+        decide(policy, Override(gate=gate), True, Vectors())
+    plan = decide(policy, Override(alpha=1.0, gate=Gate(1)), True, Vectors())
+    assert (plan.alpha, plan.gate) == (1.0, Gate(1))
+
+
+def test_a_policy_that_was_stored_before_there_were_methods_and_gates_is_cmrm_itself() -> None:
+    stored = '{"policy": {"mode": "dataset", "alpha": 0.5}}'
+    policy = Policy.of(parse(TenantDocument, "tenant/a", stored).policy, 3, "a")
+    plan = decide(policy, None, True, Vectors())
+    assert (plan.alpha, plan.method, plan.gate) == (0.5, "subtract", None)
 
 
 @pytest.mark.parametrize("client_override", ["strengthen", "any"])
