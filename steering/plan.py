@@ -128,7 +128,7 @@ class Gate:
         raise PlanError(f"gate {text!r} is neither none nor layer:threshold:temperature (15:0:0.1)")
 
     def __str__(self) -> str:
-        return f"{self.layer}:{self.threshold:g}:{self.temperature:g}"
+        return f"{self.layer}:{_exact(self.threshold)}:{_exact(self.temperature)}"
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,12 @@ class SteeringPlan:
             f"{f.name}={getattr(plan, f.name)}" for f in fields(plan) if f.name not in without
         ]
         return hashlib.sha256("; ".join(values).encode()).hexdigest()
+
+
+def _exact(number: float) -> str:
+    """As short as it can be read back: fingerprints are made of it."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def check_method(mode: Mode, method: Method, alpha: float, schedule: Schedule) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from steering.errors import PlanError
-from steering.plan import Schedule, SteeringPlan
+from steering.plan import Gate, Schedule, SteeringPlan
 
 ID = "f" * 64
 
@@ -138,3 +138,16 @@ def test_a_sample_plan_names_no_vector_set_and_a_corruption_that_exists() -> Non
         sample(vector_id=ID)
     with pytest.raises(PlanError, match="'black' is not one of: blank, noise"):
         sample(corruption="black")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, -0.25, 0.1234567, 0.1234568, 1234567.5, 1e-9])
+def test_a_gate_reads_back_as_it_was_written(threshold: float) -> None:
+    """It printed six digits, so that gates that differ beyond them had one fingerprint."""
+    gate = Gate(1, threshold, temperature=0.7654321)
+    assert Gate.parse(str(gate)) == gate
+    assert str(Gate(15)) == "15:0:0.1"
+
+
+def test_gates_that_differ_have_fingerprints_that_do() -> None:
+    gates = [Gate(1, 0.1234567), Gate(1, 0.1234568), Gate(1, temperature=0.1234567), None]
+    assert len({active(gate=gate).fingerprint for gate in gates}) == 4
