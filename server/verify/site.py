@@ -157,7 +157,7 @@ def _checked(url: str, option: str) -> str:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         parsed = httpx.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query:
         raise VerifyError(f"{option} must be http(s)://HOST[:PORT], without credentials in it")
     return url
 

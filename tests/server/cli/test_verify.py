@@ -84,6 +84,7 @@ def test_a_bound_on_the_overhead_that_cannot_be_measured_fails(deshift: Deshift)
         (["--demo", "--rounds", "2", "--max-overhead", "0.1"], "needs --rounds 6 or more"),
         (["--url", "ftp://x"], "--url must be http(s)://HOST[:PORT]"),
         (["--url", "http://me:pw@x"], "without credentials in it"),
+        (["--url", "http://x/v1?key=k"], "without credentials in it"),
         (["--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
         (["--url", "http://x", "--api-key-env", "NOT_THERE"], "has no NOT_THERE"),
     ],

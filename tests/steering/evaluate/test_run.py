@@ -494,6 +494,12 @@ async def test_half_a_character_in_an_answer_becomes_a_whole_one() -> None:
     assert answered.answer == "a\ufffd b"
 
 
+@pytest.mark.parametrize("url", ["http://me:pw@host", "http://host/v1?key=k", "host:80"])
+async def test_a_key_in_an_address_would_be_recorded_and_is_refused(url: str) -> None:
+    with pytest.raises(EvaluationError, match="without credentials in it"):
+        http_client(url, None, 1)
+
+
 async def test_a_key_that_a_server_quotes_is_not_recorded(tmp_path: Path) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
