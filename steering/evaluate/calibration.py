@@ -207,9 +207,7 @@ class _Search:
 
     async def base(self, items: Sequence[Item]) -> Counts:
         """Without steering."""
-        verdicts = await self._verdicts(self._base, items)
-        if isinstance(verdicts, str):
-            raise EvaluationError(f"the server refuses to answer unsteered: {verdicts}")
+        verdicts = await self._unsteered(items)
         return Counts.of(verdicts, verdicts)
 
     async def _best(self, arm: Arm, items: Sequence[Item], near: int | None) -> Trial | None:
@@ -240,8 +238,7 @@ class _Search:
         if isinstance(verdicts, str):
             trial = Trial(*place, counts=None, refusal=verdicts)
         else:
-            base = await self._verdicts(self._base, items)
-            assert not isinstance(base, str)
+            base = await self._unsteered(items)
             counts, unsteered = Counts.of(verdicts, base), Counts.of(base, base)
             broken = self.bounds.broken(counts)
             if stage == "confirm" and counts.order[0] >= unsteered.order[0]:
@@ -249,6 +246,13 @@ class _Search:
             trial = Trial(*place, counts=counts, broken=broken)
         self.trials.append(trial)
         return trial
+
+    async def _unsteered(self, items: Sequence[Item]) -> list[Verdict]:
+        """Raises EvaluationError."""
+        verdicts = await self._verdicts(self._base, items)
+        if isinstance(verdicts, str):
+            raise EvaluationError(f"the server refuses to answer unsteered: {verdicts}")
+        return verdicts
 
     async def _verdicts(self, condition: Condition, items: Sequence[Item]) -> list[Verdict] | str:
         verdicts = await self._evaluate(condition, items)

@@ -32,10 +32,12 @@ async def sweep(
     settings: Mapping[str, Any],
     told: Told = lambda _: None,
 ) -> dict[str, Any]:
-    """Evaluate every strength of every arm: sweep.json. settings: as in run.json."""
+    """Evaluate every strength of every arm: sweep.json. settings: as in run.json. Raises
+    EvaluationError."""
     base = parse("base")
     unsteered = await evaluate(base, items)
-    assert not isinstance(unsteered, str), f"no server refuses not to steer: {unsteered}"
+    if isinstance(unsteered, str):
+        raise EvaluationError(f"the server refuses to answer unsteered: {unsteered}")
     points = {base.name: _point(None, None, unsteered, unsteered, items)}
     counts = {base.name: Counts.of(unsteered, unsteered)}
     for arm in arms:

@@ -9,12 +9,14 @@ import pytest
 from steering.errors import EvaluationError
 from steering.evaluate.arms import parse_all
 from steering.evaluate.asking import Asking
+from steering.evaluate.bounds import Bounds
 from steering.evaluate.calibration import Items, calibrate
 from steering.evaluate.client import Patience, Server, http_client
 from steering.evaluate.conditions import parse
 from steering.evaluate.items import Item
 from steering.evaluate.record import Answer
 from steering.evaluate.run import Asker
+from steering.evaluate.sweep import sweep
 
 pytestmark = pytest.mark.anyio
 BROKEN = "the broken one"
@@ -61,3 +63,5 @@ async def test_a_server_that_refuses_the_base_is_an_error_in_words() -> None:
     parts = Items((tuple(items(3)),), (tuple(items(3)),))
     with pytest.raises(EvaluationError, match="refuses to answer unsteered: not a picture"):
         await calibrate(parse_all(["dataset"], (0.1,)), parts, asking)
+    with pytest.raises(EvaluationError, match="refuses to answer unsteered: not a picture"):
+        await sweep([], items(3), asking, Bounds(), {})
