@@ -141,7 +141,7 @@ def calibrate(
     evaluation = Evaluation(tuple(suites), base, pictures, sampling)
     with contextlib.ExitStack() as stack:
         address, checkpoint = started(stack, place, evaluation, concurrency)
-        evaluation = replace(evaluation, checkpoint=checkpoint)
+        evaluation = replace(evaluation, checkpoint=checkpoint, setup=place.setup())
         connection = Connection(address, api_key, model, concurrency)
         try:
             found = asyncio.run(search(connection, evaluation, wanted, RunDir(out), resume))

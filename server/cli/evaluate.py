@@ -143,7 +143,7 @@ def evaluate(
     folder = RunDir(out)
     with contextlib.ExitStack() as stack:
         address, checkpoint = started(stack, place, evaluation, concurrency)
-        evaluation = replace(evaluation, checkpoint=checkpoint)
+        evaluation = replace(evaluation, checkpoint=checkpoint, setup=place.setup())
         start = {"suites": suite, "photos": evaluation.photos.source, "concurrency": concurrency}
         start["server"] = place.options()
         try:

@@ -1,7 +1,9 @@
 """What `deshift eval` is asked for: its options -> an evaluation, and the server it is about."""
 
 import contextlib
+import hashlib
 import importlib.util
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,12 @@ class Place:
             raise EvaluationError("which server? Give one of --url, --demo and --serve")
         if self.url is not None and self.settings:
             raise EvaluationError("--setting is for a server that is started here, not for --url")
+
+    def setup(self) -> str | None:
+        """A digest of how a server is started here: other numbers or settings, other answers."""
+        if self.url is not None:
+            return None
+        return hashlib.sha256(json.dumps([self.dtype, sorted(self.settings)]).encode()).hexdigest()
 
     def options(self) -> str:
         """What was asked for, to be kept with the run: a setting's value may be a secret."""

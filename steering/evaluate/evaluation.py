@@ -30,14 +30,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every item has its picture (Photos.dealt). checkpoint: the digest of what a server that was
-    started for this run serves."""
+    """Every item has its picture (Photos.dealt). checkpoint, setup: digests of what a server that
+    was started for this run serves, and of how it was started."""
 
     suites: tuple[Suite, ...]
     conditions: tuple[Condition, ...]
     photos: Photos
     sampling: Sampling = Sampling()
     checkpoint: str | None = None
+    setup: str | None = None
 
     @property
     def items(self) -> list[Item]:
@@ -93,6 +94,7 @@ class Evaluation:
             "model": server.model,
             "is_deshift": server.is_deshift,
             "checkpoint": self.checkpoint,
+            "setup": self.setup,
             "vectors": _vectors(server),
             "sampling": asdict(self.sampling),
             "suites": suites,

@@ -9,10 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from server.cli.evaluate_options import Place
 from server.engine.types import EngineRequest
 from steering.stores import MemoryStore
 from tests.server.cli.conftest import Deshift
@@ -223,3 +225,17 @@ def test_a_server_is_started_on_a_checkpoint_without_vectors(
         len(json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["checkpoint"]) == 64
     )
     assert "10 requests, 0 of them" in result.output
+
+
+def test_another_number_format_or_setting_is_another_run() -> None:
+    """A run could be gone on with in another dtype, and its answers mixed in silence."""
+
+    def setup(dtype: str = "float32", *settings: tuple[str, str], url: str | None = None) -> Any:
+        demo = url is None
+        return Place(url, demo, None, settings, dtype, Path("logs")).setup()
+
+    rows, decoder = ("max_rows", "4"), ("decoder", "eager")
+    setups = [setup(), setup("bfloat16"), setup("float32", rows), setup("float32", rows, decoder)]
+    assert len(set(setups)) == 4
+    assert setup("float32", decoder, rows) == setups[-1]
+    assert setup(url="http://127.0.0.1:9") is None

@@ -234,6 +234,7 @@ async def test_other_settings_are_another_run_and_the_difference_is_named(tmp_pa
             ({"suites": more.suites}, "suites[first].num is 6 there and 7 here"),
             ({"photos": Photos("x", (b"1",))}, "photos.num is 3 there and 1 here"),
             ({"checkpoint": "c" * 64}, "checkpoint is null there"),
+            ({"setup": "d" * 64}, "setup is null there"),
         ]:
             with pytest.raises(EvaluationError) as error:
                 await asked(replace(evaluation, **change), deshift, out, resume=True)
