@@ -17,6 +17,8 @@ from server.engine.sequences import ActiveRequest, Sequence
 from server.engine.stats import Counters
 from steering.stopwatch import Reading, stopwatch_of
 
+_WEIGHT = 0.2  # of the newest measurement in the running means
+
 
 class Costs:
     """Engine thread only."""
@@ -24,6 +26,7 @@ class Costs:
     def __init__(self, device: torch.device, counters: Counters) -> None:
         self._device = device
         self._counters = counters
+        self._rows_s: dict[int, float] = {}  # passes without prompts, by number of rows
         self._unread: deque[tuple[Reading, Callable[[float], None]]] = deque()
 
     @contextmanager
@@ -52,11 +55,11 @@ class Costs:
         probes: Seq[ActiveRequest],
         seconds: float,
     ) -> None:
-        """The pair's prompts, and the token that a gate reads, bear their share of the tokens of
-        a pass."""
+        """The pair's prompts, and the token that a gate reads, bear what their tokens add to a
+        pass; what it takes without any prompt, reading all weights once, it takes anyway."""
         self._counters.prefill_tokens["probe"] += len(probes)
         num_prefilled = sum(chunk.end - chunk.start for chunk in chunks)
-        token_s = seconds / (len(rows) + len(probes) + num_prefilled)
+        token_s = self._token_s(seconds, len(rows), num_prefilled + len(probes))
         for chunk in chunks:
             num_tokens = chunk.end - chunk.start
             self._counters.prefill_tokens[chunk.state.asker] += num_tokens
@@ -64,6 +67,16 @@ class Costs:
                 chunk.active.book_shift(token_s * num_tokens)
             elif chunk.reads_gate:
                 chunk.active.book_shift(token_s)
+
+    def _token_s(self, seconds: float, num_rows: int, num_prefilled: int) -> float:
+        """What each prefilled token has added to a pass; a pass of rows alone is remembered."""
+        if num_prefilled == 0:
+            before = self._rows_s.get(num_rows, seconds)
+            self._rows_s[num_rows] = before + _WEIGHT * (seconds - before)
+            return 0.0
+        nearest = min(self._rows_s, key=lambda seen: abs(seen - num_rows), default=None)
+        without = 0.0 if nearest is None else self._rows_s[nearest]
+        return max(seconds - without, 0.1 * seconds) / num_prefilled
 
     def book_injection(
         self, chunks: Seq[PrefillChunk], rows: Seq[Sequence], output: Output
