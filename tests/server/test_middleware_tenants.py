@@ -155,8 +155,8 @@ def lost_for(fake_engine: FakeEngine) -> Iterator[Callable[..., TestClient]]:
     """A client of a server that has not been able to read its store."""
     opened: list[TestClient] = []
 
-    def make(**changes: Any) -> TestClient:
-        app = create_app(make_settings(**changes), engine=fake_engine, store=LostStore())
+    def make(store: LostStore | None = None, **changes: Any) -> TestClient:
+        app = create_app(make_settings(**changes), engine=fake_engine, store=store or LostStore())
         opened.append(TestClient(app, "http://127.0.0.1").__enter__())
         return opened[-1]
 
@@ -189,13 +189,14 @@ def test_before_the_store_is_read_the_settings_policy_holds_and_fails_closed(
 def test_a_server_may_refuse_everybody_until_its_store_is_read(
     lost_for: Callable[..., TestClient],
 ) -> None:
-    client = lost_for(cold_start="refuse", api_key=API_KEY, sync_interval_s=0.02)
+    store = LostStore()
+    client = lost_for(store, cold_start="refuse", api_key=API_KEY, sync_interval_s=0.02)
     for key in (API_KEY, None, TENANTS_FORM):
         assert outcome(ask(client, key)) == NOT_YET
         assert client.get("/v1/models", headers=bearer(key)).status_code == 503
     assert client.get("/health").status_code == 200
     services: Services = client.app.state.services  # type: ignore[attr-defined]
-    services.store.is_lost = False  # type: ignore[attr-defined]
+    store.is_lost = False
     wait_until(lambda: services.directory.is_synced)
     assert outcome(ask(client, API_KEY)) == SERVED
     assert outcome(ask(client, TENANTS_FORM)) == REFUSED
