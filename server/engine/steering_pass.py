@@ -34,17 +34,17 @@ class SteeringPass:
         self._stopwatch = stopwatch
         chunks = batch.chunks
         given = [i for i, chunk in enumerate(chunks) if chunk.delta is not None]
-        self._given = torch.tensor([lasts[i] for i in given], device=device)
+        self._given = _places(lasts, given, device)
         deltas = [chunk.delta for chunk in chunks if chunk.delta is not None]
         self._deltas = torch.stack(deltas, dim=1).to(device) if deltas else None  # (L, S, D)
         projected = [i for i, chunk in enumerate(chunks) if chunk.basis is not None]
-        self._projected = torch.tensor([lasts[i] for i in projected], device=device)
+        self._projected = _places(lasts, projected, device)
         self._bases = stacked_bases([chunks[i].basis for i in projected], device)  # (L, S, k, D)
         shifts = [(i, chunk.shift) for i, chunk in enumerate(chunks) if chunk.shift]
         self._measuring = [i for i, _ in shifts]
-        self._measured = torch.tensor([lasts[i] for i, _ in shifts], device=device)
-        self._corrupted = torch.tensor([lasts[s.corrupted] for _, s in shifts], device=device)
-        self._text_only = torch.tensor([lasts[s.text_only] for _, s in shifts], device=device)
+        self._measured = _places(lasts, self._measuring, device)
+        self._corrupted = _places(lasts, [shift.corrupted for _, shift in shifts], device)
+        self._text_only = _places(lasts, [shift.text_only for _, shift in shifts], device)
         plans = [shift.plan for _, shift in shifts]
         directions = [shift.directions for _, shift in shifts]
         self._shift = SampleShift(plans, num_layers, device, directions) if plans else None
@@ -55,7 +55,7 @@ class SteeringPass:
         self._steers_chunks = any(part is not None for part in of_chunks)
         self._steers_rows = batch.deltas is not None or batch.bases is not None
         self._watching = [i for i, chunk in enumerate(chunks) if chunk.wants_states]
-        self._watched = torch.tensor([lasts[i] for i in self._watching], device=device)
+        self._watched = _places(lasts, self._watching, device)
         self._states: list[Tensor] = []
 
     def at(self, layer: int, hidden: Tensor) -> None:
@@ -100,3 +100,11 @@ class SteeringPass:
     def states(self) -> dict[int, Tensor]:
         """See `Output.states`."""
         return {i: torch.stack([s[k] for s in self._states]) for k, i in enumerate(self._watching)}
+
+
+_NOWHERE = torch.empty(0, dtype=torch.long)  # not made anew for every decode step
+
+
+def _places(lasts: Sequence[int], chunks: Sequence[int], device: torch.device) -> Tensor:
+    """Where the last tokens of these chunks lie."""
+    return torch.tensor([lasts[i] for i in chunks], device=device) if chunks else _NOWHERE
