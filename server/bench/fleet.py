@@ -1,4 +1,4 @@
-"""Two replicas of a checkpoint, a Redis of their own, and tenants: what scenario `toggle` changes.
+"""Replicas of a checkpoint, a Redis of their own, and tenants, for the scenarios of FLEETS.
 
 Everything runs on this machine, so all its moments are of one clock. Measures nothing.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import string
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,6 @@ from steering.stores.base import resolve
 TENANT = "bench"
 OPERATOR = "bench"
 AUTHOR = Author(OPERATOR, "deshift bench", "setup")
-REPLICAS = ("replica A", "replica B")
 _REDIS_START_S, _POLL_S = 10.0, 0.02
 _TENANTS_A_COMMIT = 250
 
@@ -47,31 +47,36 @@ _TENANTS_A_COMMIT = 250
 @dataclass(frozen=True)
 class Fleet:
     """store_url: may be written. targets, admin_urls: the replicas, in one order; the targets have
-    the tenant's key. policy: the tenant's at first."""
+    the tenant's key. policy: the tenant's at first, and that of the other tenants, whose keys are
+    tenant_keys."""
 
     store_url: str
     targets: tuple[Target, ...]
     admin_urls: tuple[str, ...]
     admin_key: str = field(repr=False)
     policy: PolicyFields
+    tenant_keys: tuple[str, ...] = field(repr=False)
 
 
 def start(
     stack: ExitStack,
     checkpoint: Checkpoint | None,
     *,
+    num_replicas: int,
+    num_tenants: int,
     settings: Sequence[tuple[str, str]],
     num_rows: int,
     logs: Path,
     dtype: str,
 ) -> Fleet:
-    """They end with `stack`. `settings` by field; the tenant's policy is that of the settings.
+    """They end with `stack`. `num_tenants`: beside the one of the targets. `settings` by field; the
+    tenants' policy is that of the settings.
 
     Raises BenchError, ChildError, ConfigError, SteeringError.
     """
     if checkpoint is None:
         raise BenchError(
-            "--scenario toggle measures replicas that it starts itself: give --serve or --demo"
+            "this scenario measures replicas that it starts itself: give --serve, --demo or --shape"
         )
     env = {f"{PREFIX}MAX_ROWS": str(num_rows), **checkpoint.env}
     env |= {f"{PREFIX}{name.upper()}": value for name, value in settings}
@@ -79,25 +84,26 @@ def start(
     chosen = Settings.from_env(env)
     policy = default_fields(chosen)
     if policy.alpha == 0 or policy.mode == "off":
-        raise BenchError("--scenario toggle changes alpha: it needs one above 0, and not mode off")
+        raise BenchError("this scenario measures steering: it needs alpha above 0 and not mode off")
     logs.mkdir(parents=True, exist_ok=True)
     directory = Path(stack.enter_context(TemporaryDirectory(prefix="deshift-bench-")))
     url = stack.enter_context(redis_server(directory, logs / "redis.log"))
-    tenant_key = asyncio.run(_fill(url, chosen, policy))
+    tenant_key, tenant_keys = asyncio.run(_fill(url, chosen, policy, num_tenants))
     admin_key = secrets.token_urlsafe(24)
     env |= {f"{PREFIX}STORE": url, f"{PREFIX}ADMIN_STORE": url}
     env[f"{PREFIX}ADMIN_KEYS"] = f"{OPERATOR}:{admin_key}"
     # Two processes that each take every core hold each other up.
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(REPLICAS))))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_replicas)))
     targets, admin_urls = [], []
-    for name in REPLICAS:
+    for letter in string.ascii_uppercase[:num_replicas]:
+        name = f"replica {letter}"
         port = free_port()
         served = deshift_serve(
             name, checkpoint.model, logs, dtype, env, admin_port=port, api_key=tenant_key
         )
         targets.append(stack.enter_context(served))
         admin_urls.append(f"http://127.0.0.1:{port}")
-    return Fleet(url, tuple(targets), tuple(admin_urls), admin_key, policy)
+    return Fleet(url, tuple(targets), tuple(admin_urls), admin_key, policy, tuple(tenant_keys))
 
 
 @contextmanager
@@ -107,7 +113,7 @@ def redis_server(directory: Path, log: Path) -> Iterator[str]:
     """
     program = shutil.which("redis-server")
     if program is None:
-        raise BenchError("--scenario toggle needs the program redis-server in PATH")
+        raise BenchError("this scenario needs the program redis-server in PATH")
     port = free_port()
     command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory)]
     command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
@@ -123,8 +129,11 @@ def redis_server(directory: Path, log: Path) -> Iterator[str]:
         process.wait()
 
 
-async def add_tenants(store: Store, policy: PolicyFields, num_tenants: int) -> None:
-    """Each with a key, in a few commits. Raises StoreError."""
+async def add_tenants(store: Store, policy: PolicyFields, num_tenants: int) -> list[str]:
+    """Each with a key, in a few commits; returns the keys. Their requests may ask for any steering.
+    Raises StoreError."""
+    policy = policy.model_copy(update={"client_override": "any"})
+    keys = [secrets.token_urlsafe(32) for _ in range(num_tenants)]
     numbers = range(num_tenants)
     about = {"by": AUTHOR.by, "via": AUTHOR.via, "reason": AUTHOR.reason}
     audit = json.dumps({**about, "action": "tenant.create", "changes": []})
@@ -133,8 +142,9 @@ async def add_tenants(store: Store, policy: PolicyFields, num_tenants: int) -> N
         for number in numbers[first : first + _TENANTS_A_COMMIT]:
             name = f"tenant-{number}"
             writes[TENANT_PREFIX + name] = text_of(TenantDocument(policy=policy))
-            writes[KEYS_PREFIX + name] = keys_text(secrets.token_urlsafe(32))
+            writes[KEYS_PREFIX + name] = keys_text(keys[number])
         await store.commit(writes, {}, audit)
+    return keys
 
 
 def keys_text(key: str) -> str:
@@ -143,8 +153,10 @@ def keys_text(key: str) -> str:
     return text_of(KeysDocument(keys=(record,)))
 
 
-async def _fill(url: str, chosen: Settings, policy: PolicyFields) -> str:
-    """Vectors and tenant; returns the tenant's key."""
+async def _fill(
+    url: str, chosen: Settings, policy: PolicyFields, num_tenants: int
+) -> tuple[str, list[str]]:
+    """Vectors and tenants; returns the tenant's key and those of the others."""
     async with opened_store(url) as store:
         control = Control(store)
         if policy.mode == "dataset":
@@ -153,7 +165,8 @@ async def _fill(url: str, chosen: Settings, policy: PolicyFields) -> str:
             vector_id = await store.put_vectors(vectors.to_bytes())
             await control.activate(policy.vector_alias, vector_id, AUTHOR)
         await control.create_tenant(TENANT, policy, AUTHOR)
-        return (await control.create_key(TENANT, "bench", AUTHOR)).text
+        key = await control.create_key(TENANT, "bench", AUTHOR)
+        return key.text, await add_tenants(store, policy, num_tenants)
 
 
 def _wait_for_redis(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:

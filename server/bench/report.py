@@ -12,6 +12,7 @@ from rich.table import Table
 from server.bench.footprint import Budget, Footprint
 from server.bench.load import Burst
 from server.bench.metrics import Account
+from server.bench.scrapes import Scrapes
 from server.bench.second_turn import SecondTurn
 from server.bench.soak import Soak
 from server.bench.stalls import Stalls
@@ -178,6 +179,42 @@ def accounts_table(rows: Sequence[Account], baseline: str) -> Table:
             "yes" if row.agrees else "no",
         )
     return table
+
+
+def scrapes_tables(result: Scrapes) -> list[Table]:
+    """What a scrape takes, and what it does to the answers beside it."""
+    scrape = _table(
+        "A scrape of /metrics in OpenMetrics, ms: the first after every tenant's first traffic, "
+        "the others;\nmedian (interquartile range) / p99",
+        ("tenants", "lines", "KiB", "first", "idle", "beside answers"),
+        num_names=0,
+    )
+    scrape.add_row(
+        str(result.num_tenants),
+        str(result.num_lines),
+        f"{result.num_bytes / 1024:.0f}",
+        f"{1000 * result.first_s:.1f}",
+        *(
+            f"{_spread(each, 1000, '{:.1f}')} / {1000 * each.p99:.1f}" if each else "-"
+            for each in (result.idle, result.beside)
+        ),
+    )
+    answers = _table(
+        "Gaps between tokens of running answers, without and with a scrape each second: "
+        "median / p99, ms\nRatios within rounds: median (95 % interval of the median)",
+        ("streams", "server", "without", "with", "mean with / without", "p99 with / without")
+        + ("rounds",),
+    )
+    answers.add_row(
+        str(result.num_streams),
+        _name("deshift", result.num_failed, result.first_error),
+        _median_and_p99(result.quiet),
+        _median_and_p99(result.scraped),
+        _interval(result.slower, 1, "{:.3f}"),
+        _interval(result.worst, 1, "{:.3f}"),
+        str(result.slower.n if result.slower else 0),
+    )
+    return [scrape, answers]
 
 
 def footprint_table(footprints: Mapping[str, Footprint]) -> Table:

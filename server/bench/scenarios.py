@@ -6,23 +6,25 @@ from typing import Any, Literal, get_args
 
 from rich.table import Table
 
-from server.bench import load, metrics, report, second_turn, soak, stalls, toggle
+from server.bench import load, metrics, report, scrapes, second_turn, soak, stalls, toggle
 from server.bench.fleet import Fleet
 from server.bench.footprint import Budget
 from server.bench.load import Column, Served
 from server.bench.prompts import Prompts
 from server.bench.target import BenchError
 
-Scenario = Literal["throughput", "stalls", "second-turn", "memory", "toggle", "metrics"]
+Scenario = Literal["throughput", "stalls", "second-turn", "memory", "toggle", "metrics", "scrapes"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+# Of replicas with tenants, started for it: how many of each (tenants: beside the load's own).
+FLEETS: Mapping[Scenario, tuple[int, int]] = {"toggle": (2, 0), "scrapes": (1, scrapes.NUM_TENANTS)}
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Effort:
     """How much is measured. arrivals: long prompts at once in `stalls`; pause_s: before each burst
-    of another process; budgets: what the process of that id may fill with its memory. fleet: in
-    `toggle`, what the columns are replicas of; num_changes: of its tenant's alpha.
+    of another process; budgets: what the process of that id may fill with its memory. fleet: what
+    the columns are replicas of in scenarios of FLEETS; num_changes: of its tenant's alpha.
     """
 
     streams: Sequence[int]
@@ -52,6 +54,8 @@ def num_steps(scenario: Scenario, columns: Sequence[Column], effort: Effort) -> 
         return effort.num_requests * len(processes)
     if scenario == "toggle":
         return toggle.num_steps(effort.num_changes)
+    if scenario == "scrapes":
+        return scrapes.num_steps(effort.rounds, effort.warmup)
     if scenario == "second-turn":
         return (effort.rounds + effort.warmup) * len(columns)
     bursts = (effort.rounds + effort.warmup) * len(effort.streams) * len(columns)
@@ -101,6 +105,8 @@ async def run(
         return await _metrics(servers, prompts, effort, progress)
     if scenario == "toggle":
         return await _toggle(servers, prompts, effort, progress)
+    if scenario == "scrapes":
+        return await _scrapes(servers, prompts, effort, progress)
     soaks = await soak.run(
         servers,
         prompts,
@@ -150,6 +156,24 @@ async def _toggle(
     )
     failed = result.num_failed + result.num_mixed + result.num_behind
     return Outcome(report.toggle_tables(result), report.toggle_json(result), failed)
+
+
+async def _scrapes(
+    replicas: Sequence[Served], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    if effort.fleet is None:
+        raise BenchError("--scenario scrapes measures a replica that it starts itself")
+    result = await scrapes.run(
+        effort.fleet,
+        replicas[0],
+        prompts,
+        num_streams=max(effort.streams),
+        rounds=effort.rounds,
+        max_tokens=effort.max_tokens,
+        warmup=effort.warmup,
+        progress=progress,
+    )
+    return Outcome(report.scrapes_tables(result), {"scrapes": asdict(result)}, result.num_failed)
 
 
 async def _metrics(

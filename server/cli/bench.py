@@ -21,7 +21,7 @@ from server.bench import fleet, machine, report, scenarios, servers
 from server.bench.footprint import DTYPES, Footprint
 from server.bench.load import Column, Served
 from server.bench.prompts import NUM_CODES, Prompts
-from server.bench.scenarios import SCENARIOS, Effort, Outcome, Scenario
+from server.bench.scenarios import FLEETS, SCENARIOS, Effort, Outcome, Scenario
 from server.bench.servers import Checkpoint, Started
 from server.bench.target import BenchError, Target, resolved, variants
 from server.process import ChildError
@@ -97,13 +97,12 @@ def bench(
         list[str] | None,
         typer.Option(help="A server's API key.", metavar="NAME=KEY"),
     ] = None,
-    scenario: Annotated[
-        str, typer.Option(help="throughput, stalls, second-turn, memory, toggle or metrics.")
-    ] = "throughput",
+    scenario: Annotated[str, typer.Option(help=f"One of: {', '.join(SCENARIOS)}.")] = "throughput",
     streams: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of chats at once; by default 1,4,16,32, and 8 in --scenario toggle."
+            help="Numbers of chats at once; by default 1,4,16,32, and 8 where --scenario is "
+            "toggle or scrapes."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
@@ -177,12 +176,16 @@ def bench(
     soon each change is in force on both replicas, what became of the chats, and what 1,000 tenants
     cost.
 
+    --scenario scrapes: starts a Redis and a replica with 200 tenants that all had traffic. What a
+    scrape of /metrics takes, and the gaps between tokens of as many running answers as the largest
+    of --streams, with a scrape each second and without.
+
     --scenario metrics: what /metrics exports as steering's overhead, read around each burst, beside
     what the chats took longer than the baseline's of the same round.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     chosen = _scenario(scenario)
-    numbers = _numbers(streams or ("8" if chosen == "toggle" else "1,4,16,32"))
+    numbers = _numbers(streams or ("8" if chosen in FLEETS else "1,4,16,32"))
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}")
     prompts = Prompts(_image(image), secrets.randbelow(NUM_CODES) if seed is None else seed)
@@ -191,12 +194,15 @@ def bench(
             console.print(f"Preparing models and servers (their logs: {logs})")
             checkpoint = servers.checkpoint(serve, demo, shape)
             replicas = None
-            if chosen == "toggle":
+            if chosen in FLEETS:
                 if plain_sample or transformers_serve or generate or url or steering:
-                    raise BenchError("--scenario toggle measures two replicas and nothing else")
+                    raise BenchError(f"--scenario {chosen} measures replicas and nothing else")
+                num_replicas, num_tenants = FLEETS[chosen]
                 replicas = fleet.start(
                     started,
                     checkpoint,
+                    num_replicas=num_replicas,
+                    num_tenants=num_tenants,
                     settings=_pairs(setting),
                     num_rows=max(numbers),
                     logs=logs,

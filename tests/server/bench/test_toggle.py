@@ -2,10 +2,6 @@
 
 import asyncio
 import json
-import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +11,6 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from server.app import create_app
 from server.bench import admission, fleet, toggle
 from server.bench.fleet import Fleet
 from server.bench.load import Served
@@ -23,27 +18,16 @@ from server.bench.prompts import Prompts
 from server.bench.report import toggle_json, toggle_tables
 from server.bench.store_cost import StoreCost
 from server.bench.stream import StreamRecord
-from server.bench.target import BenchError, Target
+from server.bench.target import BenchError
 from server.bench.toggle import Asked, Change, Latency, Toggle
 from server.bench.ways import form_fields
 from server.cli.bench import bench
-from server.control import Control
-from server.documents import PolicyFields
 from server.process import free_port
-from server.serve import admin_socket, listening_socket, run
-from steering.stores import opened_store
-from tests.server.conftest import make_settings
-from tests.server.fakes import FakeEngine
+from tests.server.bench.scripted_fleet import ADMIN_KEY, POLICY, needs_redis, scripted_fleet
 from tests.tiny_models import TinyModel
 
-ADMIN_KEY = "operator-key-of-the-bench"
-POLICY = PolicyFields(mode="sample", alpha=0.5)
 app = typer.Typer()
 app.command()(bench)
-
-needs_redis = pytest.mark.skipif(
-    shutil.which("redis-server") is None, reason="redis-server is not installed"
-)
 
 
 def change(revision: int, *, sent: float, committed: float, applied: tuple[float, ...]) -> Change:
@@ -137,59 +121,6 @@ def test_the_tables_hold_what_was_measured() -> None:
     assert len(figures["changes"]) == 2 and json.dumps(figures)
 
 
-class Replica:
-    """Both listeners of a server with a scripted engine, on a loop of its own."""
-
-    def __init__(self, name: str, url: str) -> None:
-        settings = make_settings(
-            store=url, admin_port=free_port(), admin_keys=f"{fleet.OPERATOR}:{ADMIN_KEY}"
-        ).model_copy(update={"replica": name})
-        self._app = create_app(settings, engine=FakeEngine())
-        self._sockets = listening_socket(settings), admin_socket(settings)
-        self.url, self.admin_url = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in self._sockets)
-        self._loop = asyncio.new_event_loop()
-        self._task = self._loop.create_task(run(self._app, *self._sockets))
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        self._loop.run_until_complete(asyncio.wait([self._task]))
-        self._loop.close()
-
-    def start(self) -> None:
-        self._thread.start()
-        transport = httpx.HTTPTransport(retries=8)
-        with httpx.Client(transport=transport) as client:
-            assert client.get(f"{self.admin_url}/health").status_code == 200
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(10)
-        assert not self._thread.is_alive(), "the replica did not stop"
-
-
-@contextmanager
-def scripted_fleet(directory: Path) -> Iterator[Fleet]:
-    """Two replicas of a scripted engine on a Redis; the tenant as the scenario makes it."""
-    with ExitStack() as stack:
-        url = stack.enter_context(fleet.redis_server(directory, directory / "redis.log"))
-        key = asyncio.run(_tenants_key(url))
-        targets, admin_urls = [], []
-        for name in fleet.REPLICAS:
-            replica = Replica(name.replace(" ", "-"), url)
-            replica.start()
-            stack.callback(replica.stop)
-            targets.append(Target(name, replica.url, "tiny", key, dialect="ignore_eos"))
-            admin_urls.append(replica.admin_url)
-        yield Fleet(url, tuple(targets), tuple(admin_urls), ADMIN_KEY, POLICY)
-
-
-async def _tenants_key(url: str) -> str:
-    async with opened_store(url) as store:
-        control = Control(store)
-        await control.create_tenant(fleet.TENANT, POLICY, fleet.AUTHOR)
-        return (await control.create_key(fleet.TENANT, "bench", fleet.AUTHOR)).text
-
-
 async def measured(found: Fleet, num_processes: int = 1) -> Toggle:
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
         return await toggle.run(
@@ -243,8 +174,8 @@ def test_requests_that_are_refused_are_counted_as_dropped(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give --serve or --demo"),
-        (["--url", "x=http://127.0.0.1:9"], "two replicas and nothing else"),
+        ([], "give --serve, --demo or --shape"),
+        (["--url", "x=http://127.0.0.1:9"], "measures replicas and nothing else"),
     ],
 )
 def test_what_it_cannot_measure_is_said(arguments: list[str], words: str) -> None:
@@ -278,4 +209,4 @@ def test_the_command_starts_replicas_and_reports(tiny_llava: TinyModel, tmp_path
     report = json.loads(text)
     assert report["toggle"]["in_force"]["all"]["from_sent_s"]["n"] == 3
     assert report["settings"]["changes"] == 3
-    assert [target["name"] for target in report["targets"]] == list(fleet.REPLICAS)
+    assert [target["name"] for target in report["targets"]] == ["replica A", "replica B"]
