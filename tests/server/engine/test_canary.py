@@ -1,6 +1,6 @@
 """The canary's check of measured shifts: decoders that measure or apply them wrongly do not serve.
 
-What it says of given shifts is tested with the decoders (test_engine.py, test_fused.py).
+What it says of given shifts is tested with the decoders (test_ready.py, test_fused.py).
 """
 
 import copy
