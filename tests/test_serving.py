@@ -1,20 +1,13 @@
 """The whole thing as processes: the command, real sockets, the official client, signals, stores."""
 
 import asyncio
-import base64
-import io
 import json
-import os
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +16,18 @@ import openai
 import pytest
 
 from steering.stores import opened_store
-from tests.server.engine.conftest import picture
+from tests.sites import (
+    ANCHORS,
+    ENDLESS,
+    FAST,
+    Server,
+    Site,
+    about,
+    deshift,
+    png_url,
+    serving,
+)
 from tests.tiny_models import build_tiny_llava
-
-ANCHORS = [
-    {"label": label, "text": f"{verb} the {noun}."}
-    for label, verb in (("harmful", "Break"), ("harmless", "Mend"))
-    for noun in ("chair", "old clock", "garden gate")
-]
-
-
-def deshift(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
-        env=os.environ | {"DESHIFT_ADMIN_PORT": "0"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-@dataclass(frozen=True)
-class Site:
-    """A tiny model on disk and a store with its vectors in force."""
-
-    model: Path
-    store: Path
-    vector_id: str
-
-    @property
-    def store_url(self) -> str:
-        return f"sqlite:///{self.store}"
 
 
 @pytest.fixture(scope="module")
@@ -83,92 +57,6 @@ def site(model_dir: Path, made_store: tuple[Path, str], tmp_path: Path) -> Site:
     with sqlite3.connect(source) as original, sqlite3.connect(store) as copy:
         original.backup(copy)
     return Site(model_dir, store, vector_id)
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str
-    log: Path
-    clients: list[openai.OpenAI] = field(default_factory=list)
-
-    def client(self, api_key: str = "unused") -> openai.OpenAI:
-        client = openai.OpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=api_key,
-            max_retries=0,
-            _strict_response_validation=True,
-        )
-        self.clients.append(client)
-        return client
-
-    def ready(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/ready").json()
-
-    def wait_until_ready(self, timeout_s: float = 60) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                httpx.get(f"{self.url}/ready")
-                return
-            except httpx.TransportError:
-                time.sleep(0.1)
-        raise AssertionError(f"not up within {timeout_s} s: {self.log.read_text()}")
-
-    def stop(self) -> int:
-        self.process.terminate()
-        return self.process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def serving(site: Site, tmp_path: Path, **environment: str) -> Iterator[Server]:
-    """`deshift serve` as a process; killed at the end if it still runs."""
-    port = free_port()
-    log = tmp_path / f"server-{port}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "server.cli", "serve", "--model", str(site.model)),
-                *("--port", str(port), "--store", site.store_url, "--dtype", "float32"),
-                *("--max-model-len", "512", "--alpha", "0.5", "--max-rows", "16"),
-            ],
-            env=os.environ | {"DESHIFT_ADMIN_PORT": "0"} | environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        server = Server(process, f"http://127.0.0.1:{port}", log)
-        try:
-            server.wait_until_ready()
-            yield server
-        finally:
-            for client in server.clients:
-                client.close()
-            process.kill()
-            process.wait()
-
-
-def png_url(seed: int = 1) -> str:
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def about(text: str, *seeds: int) -> Any:
-    """One user turn with a picture a seed."""
-    pictures = [{"type": "image_url", "image_url": {"url": png_url(seed)}} for seed in seeds]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
-
-
-FAST: dict[str, Any] = {"model": "tiny-llava", "max_tokens": 8, "temperature": 0}
-ENDLESS: dict[str, Any] = FAST | {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from tests.server.engine.prompts import (
     own_positions,
     whole,
 )
-from tests.tiny_models import PICTURES_FIRST_TEMPLATE, TinyModel
+from tests.tiny_models import TinyModel
+from tests.tiny_tokenizers import PICTURES_FIRST_TEMPLATE
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)

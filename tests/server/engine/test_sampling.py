@@ -11,7 +11,7 @@ from server.engine.sequences import ActiveRequest, Sequence
 from server.engine.types import EngineInputs, EngineRequest, Prompt, SamplingParams
 from steering.methods import RowSteering
 from steering.plan import SteeringPlan
-from tests.tiny_models import byte_tokenizer
+from tests.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 

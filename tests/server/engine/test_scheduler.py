@@ -19,7 +19,7 @@ from server.engine.types import (
 )
 from steering.methods import GateReader, RowSteering
 from steering.plan import Gate, SteeringPlan
-from tests.tiny_models import byte_tokenizer
+from tests.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 SAMPLE = SteeringPlan(mode="sample", alpha=1.0, reason=None)

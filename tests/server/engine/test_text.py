@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.text import Detokenizer, StopMatcher, token_bytes
-from tests.tiny_models import byte_tokenizer
+from tests.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
