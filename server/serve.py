@@ -5,6 +5,7 @@ Does not cover what is served (app.py, admin/app.py).
 
 import asyncio
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import httpx
 import uvicorn
 from fastapi import FastAPI
 
@@ -76,7 +78,9 @@ async def run(app: FastAPI, sock: socket.socket, admin_sock: socket.socket) -> N
     """
     services: Services = app.state.services
     async with app.router.lifespan_context(app):
-        admin = AdminServer(create_admin_app(services))
+        admin_app = create_admin_app(services)
+        await _warm_up(app, admin_app)
+        admin = AdminServer(admin_app)
         public = DrainingServer(app, services, admin)
         with public.capture_signals():  # until both have ended
             tasks = [
@@ -88,6 +92,22 @@ async def run(app: FastAPI, sock: socket.socket, admin_sock: socket.socket) -> N
             finally:
                 public.should_exit = admin.should_exit = True
                 await asyncio.gather(*tasks)
+                gc.unfreeze()
+
+
+async def _warm_up(*apps: FastAPI) -> None:
+    """What would hold up somebody's answer is done before anybody listens.
+
+    An application builds its routes at its first request (40 ms for the operators'). The libraries'
+    and the model's 400,000 objects stay as long as the process: the garbage collector need not walk
+    them again (200 ms, in which no token is made).
+    """
+    for app in apps:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            await client.get("/health")
+    gc.collect()
+    gc.freeze()
 
 
 def _config(app: FastAPI) -> uvicorn.Config:

@@ -14,6 +14,8 @@ from server.metrics.families import Labels
 from server.services import Services
 from steering.models import device_of
 
+_VERSION = version("deshift")
+
 
 def read_state(services: Services) -> None:
     """Bring the metrics of `services` up to date."""
@@ -83,7 +85,7 @@ def _policies(families: StateFamilies, services: Services) -> None:
 
 def _fleet(families: StateFamilies, services: Services) -> None:
     settings, identity, status = services.settings, services.engine.identity, services.sync.status
-    replica = (replica_name(settings), version("deshift"), identity.model_id)
+    replica = (replica_name(settings), _VERSION, identity.model_id)
     device = str(device_of(settings.device))
     families.replica.replace({(*replica, device, identity.dtype): 1})
     families.store_up.set(status.store != "unreachable")

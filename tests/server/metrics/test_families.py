@@ -86,6 +86,20 @@ def test_what_was_counted_elsewhere_is_told_as_it_is_and_nothing_before_it() -> 
     }
 
 
+@pytest.mark.parametrize("is_openmetrics", [True, False])
+def test_a_series_that_changed_since_the_last_scrape_is_told_anew(is_openmetrics: bool) -> None:
+    family = Histograms("x_seconds", "long", ("tenant",), (1.0,), CONSTANT)
+    for tenant in ("busy", "idle"):
+        family.observe(0.5, tenant, request_id="first")
+    before = dict(zip(("busy", "idle"), family.lines(is_openmetrics), strict=True))
+    family.observe(2.0, "busy", request_id="second")
+    after = dict(zip(("busy", "idle"), family.lines(is_openmetrics), strict=True))
+    assert after["idle"] == before["idle"]
+    assert '_count{model_name="m",tenant="busy"} 2\n' in after["busy"]
+    assert '_sum{model_name="m",tenant="busy"} 2.5\n' in after["busy"]
+    assert ('request_id="second"' in after["busy"]) == is_openmetrics
+
+
 def test_a_label_value_that_is_forgotten_leaves_nothing_and_others_stay() -> None:
     numbers = Numbers("counter", "x_total", "n", ("tenant", "mode"), CONSTANT)
     times = Histograms("x_seconds", "long", ("tenant",), (1.0,), CONSTANT)
