@@ -1,5 +1,7 @@
-"""`deshift report`: a judged run's report anew, with hidden states if a model is given."""
+"""`deshift report`: a judged run's report anew, with what a given model measures of the run."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +11,8 @@ from tqdm import tqdm
 from server.cli.evaluate_options import check_installed
 from steering.errors import EvaluationError
 
-if TYPE_CHECKING:  # what it imports takes seconds
+if TYPE_CHECKING:  # what they import takes seconds
+    from steering.models import LoadedModel
     from steering.vectors import ShiftVectors
 
 
@@ -27,6 +30,16 @@ def report(
             file_okay=False,
         ),
     ] = None,
+    perplexity: Annotated[
+        Path | None,
+        typer.Option(
+            help="The checkpoint that was served: score every answer with it, unsteered, and keep "
+            "the likelihoods in RUN_DIR/perplexity.jsonl. May be given together with --states.",
+            metavar="MODEL_DIR",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     vectors: Annotated[
         list[Path] | None,
         typer.Option(
@@ -37,7 +50,8 @@ def report(
     ] = None,
     num: Annotated[int, typer.Option(min=2, help="With --states: how many prompts.")] = 48,
     dtype: Annotated[
-        str, typer.Option(help="With --states: auto, float32, bfloat16 or float16.")
+        str,
+        typer.Option(help="With --states or --perplexity: auto, float32, bfloat16 or float16."),
     ] = "auto",
     base: Annotated[
         str, typer.Option(help="The condition that the others are compared with.")
@@ -45,26 +59,35 @@ def report(
 ) -> None:
     """Write RUN_DIR/report.json and RUN_DIR/report.html: one page that loads nothing.
 
-    `deshift eval` writes both at its end, without hidden states; states that were measured before
-    stay in the report.
+    `deshift eval` writes both at its end, without hidden states and perplexity; those that were
+    measured before stay in the report.
     """
     check_installed()
     from steering.evaluate import report as reports
 
     if not (run_dir / "run.json").exists():
         raise EvaluationError(f"{run_dir} holds no run")
-    if states is not None:
-        _measure(run_dir, states, vectors or [], num, dtype)
-    elif vectors:
+    if vectors and states is None:
         raise EvaluationError("--vectors is for --states")
+    if (model := _one_of(states, perplexity)) is not None:
+        loaded = _loaded(run_dir, model, dtype)
+        if perplexity is not None:
+            _measure_perplexity(run_dir, loaded)
+        if states is not None:
+            _measure_states(run_dir, loaded, vectors or [], num)
     typer.echo(reports.write(run_dir, base))
 
 
-def _measure(run_dir: Path, model: Path, files: list[Path], num: int, dtype: str) -> None:
-    """Raises EvaluationError for another checkpoint than the run's, ModelError, VectorError."""
+def _one_of(states: Path | None, perplexity: Path | None) -> Path | None:
+    if states is not None and perplexity is not None and not states.samefile(perplexity):
+        raise EvaluationError("--states and --perplexity take the same checkpoint: the run's")
+    return states or perplexity
+
+
+def _loaded(run_dir: Path, model: Path, dtype: str) -> "LoadedModel":
+    """Raises EvaluationError for another checkpoint than the run's, ModelError."""
     from server.bench.machine import checkpoint_digest
     from steering.evaluate.record import RunDir
-    from steering.evaluate.state_passes import measure_states
     from steering.models import load_model
 
     served = RunDir(run_dir).settings().get("checkpoint")
@@ -72,14 +95,36 @@ def _measure(run_dir: Path, model: Path, files: list[Path], num: int, dtype: str
         raise EvaluationError(
             f"{model} is another checkpoint ({here[:12]}) than the run's ({served[:12]})"
         )
-    loaded = load_model(str(model), dtype=dtype)
-    given = _vectors(run_dir, files)
-    with tqdm(unit="prompt", desc="states") as bar:
+    return load_model(str(model), dtype=dtype)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """How many prompts are done, of how many."""
+    with tqdm(unit="prompt", desc=what) as bar:
 
         def progress(done: int, all_: int) -> None:
             bar.total = all_
             bar.update(done - bar.n)
 
+        yield progress
+
+
+def _measure_perplexity(run_dir: Path, loaded: "LoadedModel") -> None:
+    from steering.evaluate.perplexity import save
+    from steering.evaluate.perplexity_passes import measure_perplexity
+
+    with _bar("perplexity") as progress:
+        scored = measure_perplexity(run_dir, loaded, progress=progress)
+    save(run_dir, scored)
+
+
+def _measure_states(run_dir: Path, loaded: "LoadedModel", files: list[Path], num: int) -> None:
+    """Raises EvaluationError, VectorError."""
+    from steering.evaluate.state_passes import measure_states
+
+    given = _vectors(run_dir, files)
+    with _bar("states") as progress:
         measured = measure_states(run_dir, loaded, given, num=num, progress=progress)
     measured.save(run_dir)
     for name, why in measured.about["skipped"].items():

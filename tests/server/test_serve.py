@@ -1,5 +1,6 @@
 """A server on a real socket: clients that leave, bodies that never come, draining."""
 
+import asyncio
 import gc
 import json
 import logging
@@ -9,12 +10,16 @@ import threading
 import time
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
+from server.app import create_app
 from server.engine.types import EngineInputs, TextEvent
+from server.process import free_port
+from server.serve import admin_socket, listening_socket, run
 from steering.stores import MemoryStore
-from tests.server.conftest import LiveServer, live_server, wait_until
+from tests.server.conftest import LiveServer, live_server, make_settings, wait_until
 from tests.server.fakes import FakeEngine, chat_body, make_prompt, plays, says
 
 PATH = "/v1/chat/completions"
@@ -242,10 +247,26 @@ def test_the_second_signal_does_not_wait_for_a_body_that_never_comes(
         connection.close()
 
 
-def test_what_stays_for_good_is_not_walked_by_the_garbage_collector(
-    fake_engine: FakeEngine, store: MemoryStore
-) -> None:
+@pytest.mark.anyio
+async def test_what_stays_for_good_is_not_walked_by_the_garbage_collector() -> None:
     """A walk over the libraries' objects held every stream up for 200 ms."""
-    with live_server(fake_engine, store):
+    settings = make_settings(admin_port=free_port())
+    app = create_app(settings, engine=FakeEngine())
+    with listening_socket(settings) as sock, admin_socket(settings) as for_operators:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        serving = asyncio.create_task(run(app, sock, for_operators))
+        async with httpx.AsyncClient(trust_env=False) as client:
+            with anyio.fail_after(10):
+                while not await answers(client, f"{url}/health"):
+                    await asyncio.sleep(0.01)
         assert gc.get_freeze_count() > 100_000
+        serving.cancel()
+        await asyncio.wait([serving])
     assert gc.get_freeze_count() == 0
+
+
+async def answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url)).status_code == 200
+    except httpx.ConnectError:
+        return False
