@@ -21,6 +21,7 @@ from server.config import PREFIX, Settings
 from server.control import Control
 from server.directory import TenantDirectory
 from server.engine.api import Engine
+from server.engine.threads import take_one_core
 from server.engine.types import EngineError
 from server.errors import ConfigError, ServerError, error_response
 from server.heartbeat import Heartbeat, replica_name, replica_status
@@ -136,6 +137,7 @@ def build_engine(settings: Settings) -> Engine:
 
     if settings.model is None:
         raise ServerError("no model to serve: pass --model or set DESHIFT_MODEL")
+    take_one_core()
     loaded = load_model(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
     )
@@ -215,6 +217,7 @@ async def running(services: Services) -> AsyncIterator[None]:
     services.bridge.bind(asyncio.get_running_loop())
     try:
         await asyncio.to_thread(services.engine.start)
+        take_one_core()
         async with following(services):
             yield
     finally:

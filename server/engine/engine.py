@@ -31,6 +31,7 @@ from server.engine.sequences import ActiveRequest
 from server.engine.stats import Counters, EngineStats
 from server.engine.stepper import Stepper
 from server.engine.text import eos_token_ids
+from server.engine.threads import take_all_cores
 from server.engine.types import (
     EngineError,
     EngineInputs,
@@ -211,6 +212,7 @@ class EmbeddedEngine:
 
     def _main(self) -> None:
         """The thread: checks, then steps until drained or failed."""
+        take_all_cores()
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.inference_mode())

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 # scatter, and prefill of a long prompt gets dearer towards its end.
 MAX_STRETCH = 1.75
 MIN_CHUNK = 8
-# A burst of prompts may take long steps: one in so many, so that the 99th percentile of the gaps
-# does not see them; after a while without any, a few in a row, since clients that begin together do
-# not arrive together.
+# A step that brings this many times the running rows into the batch may take as long as it does: it
+# holds up few for many, and a row sees few of them, since each time the batch grows threefold.
+MANY = 2
+# Other bursts of prompts may take long steps too: one in so many, so that the 99th percentile of
+# the gaps does not see them; after a while without any, a few in a row, since clients that begin
+# together do not arrive together.
 LONG_STEP_EVERY = 128
 MAX_LONG_STEPS = 3
 MIN_BURST = 4  # prompts that wait, and half as many as rows that run
@@ -28,14 +31,16 @@ class Pacer:
     _paced: int = 0  # what the last budget would have been without a long step
     _long_steps: float = MAX_LONG_STEPS  # that are granted at this moment
 
-    def budget(self, num_rows: int, num_waiting: int) -> int:
+    def budget(self, num_rows: int, num_waiting: int, num_ready: int) -> int:
         """Tokens of prefill for the next step, which `num_rows` running rows have to wait for.
 
-        0 where no decode step has been seen yet: one by itself shows what it costs. When a burst of
-        requests meets early streams, a long step serves the many at the price of one gap of each.
+        num_ready: of the waiting requests, those that would all begin to decode after `max_chunk`
+        tokens. 0 where no decode step has been seen yet: one by itself shows what it costs.
         """
         self._paced = self._affordable(num_rows)
-        is_burst = num_waiting >= 2 * num_rows or num_waiting >= max(MIN_BURST, num_rows / 2)
+        if num_ready >= max(MIN_BURST, MANY * num_rows):
+            self._paced = self.max_chunk
+        is_burst = num_waiting >= min(MANY * num_rows, max(MIN_BURST, num_rows / 2))
         if is_burst and self._long_steps >= 1:
             return self.max_chunk
         return self._paced

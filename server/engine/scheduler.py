@@ -102,6 +102,18 @@ class Scheduler:
         """Requests that have no row yet."""
         return len(self.waiting) + len(self.prefilling)
 
+    def num_within(self, num_tokens: int) -> int:
+        """Of these, the first ones whose prompts end within so many tokens and for which there are
+        rows; what a cache has of a waiting one's is not known yet."""
+        free, num = self._max_rows - len(self.rows), 0
+        for active in (*self.prefilling, *self.waiting):
+            num_tokens -= sum(state.num_left for state in active.prompts)
+            free -= active.num_rows
+            if num_tokens < 0 or free < 0:
+                break
+            num += 1
+        return num
+
     @property
     def num_rows(self) -> int:
         """Rows that are taken, and those that what prefills will take."""

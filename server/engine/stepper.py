@@ -81,8 +81,7 @@ class Stepper:
         """Schedule a batch, run it, apply the tokens."""
         started = time.monotonic()
         rows = self.runner.arrange(self._scheduler.rows)
-        budget = self._pacer.budget(len(rows), self._scheduler.num_waiting)
-        chunks = self._embedded(self._scheduler.schedule(budget))
+        chunks = self._embedded(self._scheduler.schedule(self._budget(len(rows))))
         probes, self._probes = self._probes, []
         ended, logits = self._run(chunks, rows, probes)
         for active in probes:
@@ -100,6 +99,11 @@ class Stepper:
         if chunks or rows:
             kind: StepKind = "decode" if not chunks else "mixed" if rows else "prefill"
             self._counters.step_s[kind].observe(step_s)
+
+    def _budget(self, num_rows: int) -> int:
+        """Tokens of prefill for the next step."""
+        num_ready = self._scheduler.num_within(self._pacer.max_chunk)
+        return self._pacer.budget(num_rows, self._scheduler.num_waiting, num_ready)
 
     def admit(self, active: ActiveRequest) -> None:
         """The scheduler has taken it up: its prompts get their caches."""

@@ -268,3 +268,18 @@ def test_a_gate_is_read_before_the_own_prompts_last_token(budget: int) -> None:
 def tokens(chunks: list[PrefillChunk]) -> list[tuple[str, int]]:
     """Whose they are, and where."""
     return [(c.state.role, token) for c in chunks for token in range(c.start, c.end)]
+
+
+def test_how_many_requests_would_begin_to_decode_within_a_step() -> None:
+    sched = scheduler(max_rows=4)
+    for length in (30, 50, 21):
+        sched.add(request(length))
+    assert [sched.num_within(tokens) for tokens in (29, 30, 79, 80, 100, 101)] == [0, 1, 1, 2, 2, 3]
+    sched.schedule(25)
+    assert [sched.num_within(tokens) for tokens in (4, 5, 55, 76)] == [0, 1, 2, 3]
+    finish_prefill(sched, sched.prefilling[0])
+    sched.add(request(1, n=2))
+    assert sched.num_within(1000) == 2, "three of four rows are free, two of these are taken"
+    sample = scheduler()
+    sample.add(sample_request(20, 5))
+    assert (sample.num_within(44), sample.num_within(45)) == (0, 1)
