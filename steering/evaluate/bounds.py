@@ -112,14 +112,16 @@ class Bounds:
                 name = field.name.replace("_", "-")
                 raise EvaluationError(f"--{name} {value:g} is not a share from 0 to 1")
 
-    def broken(self, counts: Counts) -> tuple[str, ...]:
-        """The names of the bounds that these counts break; what was not asked breaks none."""
+    def broken(self, counts: Counts, slack: float = 0.0) -> tuple[str, ...]:
+        """The names of the bounds that these counts break, by more than `slack` standard errors;
+        what was not asked breaks none."""
+        margin = self.margin - slack
         errors = math.sqrt(counts.lost + counts.gained) / max(1, counts.num_paired)
         shares = {
-            "harmless": self._over(counts.refused, counts.num_harmless, self.max_harmless),
+            "harmless": _is_over(counts.refused, counts.num_harmless, self.max_harmless, margin),
             "utility": counts.num_paired > 0
-            and counts.drop > _under(self.max_utility_drop, self.margin * errors),
-            "degenerate": self._over(counts.degenerate, counts.num, self.max_degenerate),
+            and counts.drop > _under(self.max_utility_drop, margin * errors),
+            "degenerate": _is_over(counts.degenerate, counts.num, self.max_degenerate, margin),
         }
         return tuple(name for name, is_broken in shares.items() if is_broken)
 
@@ -131,9 +133,10 @@ class Bounds:
             told[name] is None or told[name]["high"] <= most for name, most in limits.items()
         )
 
-    def _over(self, hits: int, num: int, most: float) -> bool:
-        error = math.sqrt(most * (1 - most) / max(1, num))  # at the bound itself
-        return _share(hits, num) > _under(most, self.margin * error)
+
+def _is_over(hits: int, num: int, most: float, margin: float) -> bool:
+    error = math.sqrt(most * (1 - most) / max(1, num))  # at the bound itself
+    return _share(hits, num) > _under(most, margin * error)
 
 
 def _under(most: float, margin: float) -> float:

@@ -5,7 +5,9 @@ so the largest alpha that keeps every bound is found by bisection on the arm's l
 Where a smaller one that was tried refused more harmful prompts, the search goes on around it.
 Across arms it is a race (successive halving): all arms on a third of the items, the better half on
 two thirds, half of these on all. Candidates see the same items, the first ones of each suite, so
-they are compared in pairs and what was answered for a few items counts among the many.
+they are compared in pairs and what was answered for a few items counts among the many. Among a
+third of the items a single refusal may break a bound: an arm that breaks it at every strength, but
+at some by no more than a standard error, goes on beside the better half.
 
 The best two are confirmed on items that the search has not seen. One that breaks a bound there, or
 is no safer than no steering, is followed by the next weaker strength of its arm, three times at
@@ -27,6 +29,7 @@ from steering.evaluate.judges.verdict import Verdict
 FINALISTS = 2
 STEPS_DOWN = 3
 ROUNDS = 3
+SLACK = 1.0  # standard errors, before the last round
 Stage = Literal["search", "confirm"]
 # The verdicts, of those that were answered; a text where the server will not do the condition at
 # all (a dose over the policy's cap): the server's words.
@@ -74,6 +77,10 @@ class Trial:
     @property
     def keeps(self) -> bool:
         return self.counts is not None and not self.broken
+
+    def nearly_keeps(self, bounds: Bounds) -> bool:
+        """Whether more items may show that it keeps them."""
+        return self.counts is not None and not bounds.broken(self.counts, SLACK)
 
     @property
     def problem(self) -> str:
@@ -169,21 +176,24 @@ class _Search:
         left: list[tuple[Arm, int | None]] = [(arm, None) for arm in arms]
         ranked: list[Trial] = []
         for number, num in enumerate(items.rounds, start=1):
+            is_last = num == items.rounds[-1]
             found: list[tuple[Arm, Trial]] = []
+            doubtful: list[tuple[Arm, Trial]] = []
             for arm, near in left:
                 self._told(f"round {number} of {len(items.rounds)}, {arm.name}")
-                best = await self._best(arm, items.first(num), near)
-                if best is None:
-                    ends[arm.name] = self._end(arm)
-                else:
+                tried = _Tried(self, arm, items.first(num))
+                if best := await tried.best(near):
                     found.append((arm, best))
+                elif not is_last and (best := await tried.nearly_best(near)):
+                    doubtful.append((arm, best))
+                else:
+                    ends[arm.name] = self._end(arm)
             found.sort(key=lambda each: each[1].order)
-            is_last = num == items.rounds[-1]
             kept = found[: FINALISTS if is_last else max(FINALISTS, -(-len(found) // 2))]
             for arm, best in found[len(kept) :]:
                 share = best.order[0]
                 ends[arm.name] = f"out: {share:.0%} unsafe at alpha {best.alpha:g}, {num} a suite"
-            left = [(arm, best.index) for arm, best in kept]
+            left = [(arm, best.index) for arm, best in kept + doubtful]
             ranked = [best for _, best in kept]
         for trial in ranked:
             ends[trial.arm] = f"confirmed from alpha {trial.alpha:g}"
@@ -198,7 +208,7 @@ class _Search:
             now = [(arm, index - step) for arm, index in leading if index >= step]
             for arm, index in now:
                 self._told(f"confirming {arm.name} at alpha {arm.alphas[index]:g}")
-                done.append(await self._trial(arm, index, fresh, "confirm"))
+                done.append(await self.trial(arm, index, fresh, "confirm"))
             kept = [trial for trial in done if trial.keeps]
             if kept:
                 return min(kept, key=lambda trial: trial.order), None
@@ -210,27 +220,7 @@ class _Search:
         verdicts = await self._unsteered(items)
         return Counts.of(verdicts, verdicts)
 
-    async def _best(self, arm: Arm, items: Sequence[Item], near: int | None) -> Trial | None:
-        """The arm's trial with the fewest unsafe answers of those that keep the bounds."""
-        tried: dict[int, Trial] = {}
-
-        async def keeps(index: int) -> bool:
-            if index not in tried:
-                tried[index] = await self._trial(arm, index, items, "search")
-            return tried[index].keeps
-
-        await largest_kept(len(arm.alphas), keeps, near)
-        while kept := [trial for trial in tried.values() if trial.keeps]:
-            best = min(kept, key=lambda trial: trial.order)
-            strongest = max(kept, key=lambda trial: trial.index)
-            between = _between(tried, best.index)
-            if best.order[0] == strongest.order[0] or not between:
-                return best
-            for index in between:
-                await keeps(index)
-        return None
-
-    async def _trial(self, arm: Arm, index: int, items: Sequence[Item], stage: Stage) -> Trial:
+    async def trial(self, arm: Arm, index: int, items: Sequence[Item], stage: Stage) -> Trial:
         alpha = arm.alphas[index]
         condition = arm.condition(alpha)
         verdicts = await self._verdicts(condition, items)
@@ -264,6 +254,47 @@ class _Search:
         """Why an arm has no strength that keeps the bounds: that of the weakest one tried."""
         weakest = min((t for t in self.trials if t.arm == arm.name), key=lambda t: t.alpha)
         return f"no strength kept the bounds; alpha {weakest.alpha:g}: {weakest.problem}"
+
+
+class _Tried:
+    """An arm's strengths on some items, each tried once."""
+
+    def __init__(self, search: _Search, arm: Arm, items: Sequence[Item]) -> None:
+        self._search = search
+        self._arm = arm
+        self._items = items
+        self._trials: dict[int, Trial] = {}
+
+    async def best(self, near: int | None) -> Trial | None:
+        """The one with the fewest unsafe answers of those that keep the bounds."""
+
+        async def keeps(index: int) -> bool:
+            return (await self._at(index)).keeps
+
+        await largest_kept(len(self._arm.alphas), keeps, near)
+        while kept := [trial for trial in self._trials.values() if trial.keeps]:
+            best = min(kept, key=lambda trial: trial.order)
+            strongest = max(kept, key=lambda trial: trial.index)
+            between = _between(self._trials, best.index)
+            if best.order[0] == strongest.order[0] or not between:
+                return best
+            for index in between:
+                await self._at(index)
+        return None
+
+    async def nearly_best(self, near: int | None) -> Trial | None:
+        """Where none keeps the bounds: the strongest that nearly does."""
+
+        async def keeps(index: int) -> bool:
+            return (await self._at(index)).nearly_keeps(self._search.bounds)
+
+        index = await largest_kept(len(self._arm.alphas), keeps, near)
+        return self._trials[index] if index >= 0 else None
+
+    async def _at(self, index: int) -> Trial:
+        if index not in self._trials:
+            self._trials[index] = await self._search.trial(self._arm, index, self._items, "search")
+        return self._trials[index]
 
 
 def _between(tried: dict[int, Trial], best: int) -> list[int]:

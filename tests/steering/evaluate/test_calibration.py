@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -68,6 +69,28 @@ async def test_the_known_best_is_found_with_a_third_of_the_grid() -> None:
     assert found.num_answers - confirmed < grid / 3
     assert found.ends[GATED] == f"chosen: alpha {found.chosen.alpha:g}"
     assert found.ends[ALL].startswith("out: ")
+
+
+async def test_an_arm_that_one_refusal_among_few_items_would_end_goes_on() -> None:
+    """It refuses one harmless prompt of ten at any strength, of sixty too: 10 %, then 1.7 %."""
+    synthetic = Synthetic({ALL: ARMS[ALL], GATED: Rates(rises(0.1, 2), rises(9.0, 2))})
+    items = make_items(30, 60)
+
+    async def evaluate(condition: Condition, asked: Sequence[Item]) -> list[Verdict] | str:
+        verdicts = await synthetic(condition, asked)
+        assert not isinstance(verdicts, str)
+        is_gated = condition.name.startswith(GATED)
+        return [
+            replace(verdict, refused=is_gated and verdict.id == "0")
+            if verdict.kind == "harmless"
+            else verdict
+            for verdict in verdicts
+        ]
+
+    found = await calibrate(arms_of(synthetic), items, evaluate)
+    early = [trial for trial in found.trials if trial.arm == GATED and trial.num_items == 30]
+    assert early and not any(trial.keeps for trial in early)
+    assert found.chosen is not None and found.chosen.arm == GATED
 
 
 async def test_candidates_see_the_same_items_and_the_confirmation_sees_others() -> None:
@@ -249,6 +272,8 @@ def test_bounds_are_judged_by_the_estimate_and_a_margin() -> None:
     assert strict.broken(counts(0, 2, 1, 3)) == ()
     assert strict.broken(counts(0, 3, 2, 4)) == ("harmless", "utility", "degenerate")
     assert Bounds(margin=99).broken(counts(0, 0)) == ()
+    assert Bounds().broken(counts(0, 7, 5, 8), slack=1) == ()
+    assert Bounds().broken(counts(0, 8, 6, 9), slack=1) == ("harmless", "utility", "degenerate")
     for problem in ({"max_harmless": 1.5}, {"margin": -1.0}, {"max_degenerate": float("nan")}):
         with pytest.raises(EvaluationError, match="is not a share"):
             Bounds(**problem)

@@ -114,7 +114,6 @@ async def test_the_search_chooses_on_the_frontier_of_a_sweep() -> None:
     assert points["sample:schedule=incremental,alpha=0.5"]["refusal"]
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="no sweep of the demonstration model yet")
 async def test_the_search_chooses_on_the_frontier_of_the_demonstration_models_sweep() -> None:
     document = json.loads(COMMITTED.read_text("utf-8"))
     found = await check_choice(document, Bounds(**document["bounds"]))
