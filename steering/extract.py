@@ -96,9 +96,7 @@ def last_hidden(
     Each text is one user turn through the model's own chat template, with `image` before it or
     without an image.
     """
-    inputs = _prompt_inputs(processor, texts, image).to(model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = prompt_inputs(model, processor, texts, image)
     if "image_grid_thw" not in inputs:  # else the model itself makes M-RoPE positions of it
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp_min(0)
     with record(decoder_layers(model)) as recorder:
@@ -106,8 +104,13 @@ def last_hidden(
     return recorder.last_hidden()
 
 
-def _prompt_inputs(processor: Any, texts: Sequence[str], image: Image.Image | None) -> Any:
-    """Left-padded, so that the last position is every prompt's last token."""
+def prompt_inputs(
+    model: Any, processor: Any, texts: Sequence[str], image: Image.Image | None
+) -> Any:
+    """The model's keyword arguments for prompts as `last_hidden` takes them.
+
+    Left-padded, so that the last position is every prompt's last token.
+    """
     image_parts = [] if image is None else [{"type": "image"}]
     prompts = [
         processor.apply_chat_template(
@@ -117,14 +120,17 @@ def _prompt_inputs(processor: Any, texts: Sequence[str], image: Image.Image | No
         )
         for text in texts
     ]
-    return processor(
+    inputs = processor(
         text=prompts,
         images=None if image is None else [[image] for _ in texts],
         padding=True,
         padding_side="left",
         add_special_tokens=not writes_its_own_bos(processor, prompts[0]),
         return_tensors="pt",
-    )
+    ).to(model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
 
 
 class _Sums:

@@ -1,5 +1,5 @@
 """The pictures that are shown: photographs dealt to items without one, and what conditions make of
-a picture. Encoded bytes are passed on as they are."""
+a picture and of the text beside it. Encoded bytes are passed on as they are."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from steering.corruption import corrupt
 from steering.demo.pictures import example
@@ -79,6 +79,32 @@ class Shown:
         if item.image is None:
             raise EvaluationError(f"suite {item.suite}, {item.id}: no picture was dealt to it")
         return self._url(item.image, use)
+
+
+def asked_text(item: Item, use: PictureUse) -> str:
+    """The prompt, after the picture's caption where that stands for the picture."""
+    return (
+        f"The picture shows: {item.caption}\n\n{item.prompt}" if use == "caption" else item.prompt
+    )
+
+
+def asked_image(item: Item, use: PictureUse) -> Image.Image | None:
+    """The RGB picture that a server makes of what `Shown` sends: upright, on white where it is
+    transparent. None where the condition shows none. Raises EvaluationError."""
+    if use in ("none", "caption"):
+        return None
+    where = f"suite {item.suite}, {item.id}"
+    picture = _open(item.picture() or b"", where)
+    try:
+        if use in ("blank", "noise"):
+            return corrupt(picture.convert("RGB"), use)
+        upright = ImageOps.exif_transpose(picture)
+        if not upright.has_transparency_data:
+            return upright.convert("RGB")
+        shown = upright.convert("RGBA")
+    except OSError:
+        raise EvaluationError(f"{where}: not a picture that can be read") from None
+    return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
 
 
 def check(items: Sequence[Item]) -> None:

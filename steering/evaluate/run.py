@@ -16,7 +16,7 @@ from steering.evaluate.client import Patience, Refused, Server, ask
 from steering.evaluate.conditions import Condition
 from steering.evaluate.evaluation import Asked, Evaluation, Sampling
 from steering.evaluate.items import Item
-from steering.evaluate.pictures import Shown
+from steering.evaluate.pictures import Shown, asked_text
 from steering.evaluate.record import Answer, RunDir
 
 CONCURRENCY = 16
@@ -48,9 +48,7 @@ class Asker:
 
     def body(self, item: Item, condition: Condition) -> dict[str, Any]:
         """The request. Raises EvaluationError for a picture that cannot be read."""
-        text = item.prompt
-        if condition.picture == "caption":
-            text = f"The picture shows: {item.caption}\n\n{text}"
+        text = asked_text(item, condition.picture)
         content: Any = text
         if url := self.shown.url(item, condition.picture):
             picture = {"type": "image_url", "image_url": {"url": url}}

@@ -1,7 +1,7 @@
-"""Rates with intervals, paired comparisons and agreement; arithmetic only.
+"""Rates and medians with intervals, paired comparisons and agreement; arithmetic only.
 
-Two conditions are compared on the same items, so every comparison is paired. Not covered: anything
-that is not yes or no.
+Two conditions are compared on the same items, so every comparison is paired. Not covered: comparing
+what is not yes or no.
 """
 
 import math
@@ -28,6 +28,16 @@ class Rate:
     @property
     def share(self) -> float:
         return self.hits / self.num
+
+
+@dataclass(frozen=True)
+class Median:
+    """Of num values, and its percentile interval of a bootstrap over them."""
+
+    value: float
+    num: int
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,24 @@ def rate(hits: int, num: int, confidence: float = CONFIDENCE) -> Rate:
         raise ValueError(f"no rate of {hits} in {num}")
     interval = binomtest(hits, num).proportion_ci(confidence, method="wilson")
     return Rate(hits, num, float(interval.low), float(interval.high))
+
+
+def median(
+    values: Sequence[float],
+    *,
+    confidence: float = CONFIDENCE,
+    seed: int = SEED,
+    num_resamples: int = 2_000,
+) -> Median:
+    """Raises ValueError for no values."""
+    if not values:
+        raise ValueError("no median of nothing")
+    found, random = np.sort(values), np.random.default_rng(seed)
+    medians = [  # one resample at a time: all at once are gigabytes
+        np.median(found[random.integers(len(found), size=len(found))]) for _ in range(num_resamples)
+    ]
+    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Median(float(np.median(found)), len(found), float(low), float(high))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

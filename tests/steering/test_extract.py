@@ -13,7 +13,7 @@ from server.engine.families import family_of
 from server.engine.inputs import InputBuilder
 from steering.anchors import Anchor, AnchorSet
 from steering.errors import PlanError, VectorError
-from steering.extract import _prompt_inputs, extract, last_hidden
+from steering.extract import extract, last_hidden, prompt_inputs
 from steering.hooks import Injection, steer
 from steering.layers import decoder_layers
 from steering.models import LoadedModel, identity_of
@@ -162,8 +162,8 @@ def test_extraction_and_serving_build_the_same_tokens(tiny_model: TinyModel) -> 
         parts: list[dict[str, Any]] = [{"type": "image"}] if image else []
         parts.append({"type": "text", "text": TEXTS[1]})
         served = builder.build([{"role": "user", "content": parts}], [image] if image else [])
-        extracted = _prompt_inputs(tiny_model.processor, TEXTS[1:2], image)["input_ids"][0]
-        assert tuple(extracted.tolist()) == served.prompt.token_ids
+        inputs = prompt_inputs(tiny_model.model, tiny_model.processor, TEXTS[1:2], image)
+        assert tuple(inputs["input_ids"][0].tolist()) == served.prompt.token_ids
 
 
 def test_the_manifest_says_where_the_vectors_come_from(

@@ -1,7 +1,8 @@
 """Answers that are no language: empty, going round in circles, or not made of words.
 
 Too much steering makes these, and they must not pass for refusals. Rules only: fluent nonsense
-is not found. Perplexity is not taken: runs record no log-probabilities.
+is not found. Perplexity under the served model may tell it; it needs that model, so it is measured
+apart (perplexity_passes.py), stands beside these verdicts in the report and changes none.
 """
 
 import re

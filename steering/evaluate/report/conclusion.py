@@ -66,6 +66,7 @@ def missing(document: Mapping[str, Any]) -> list[str]:
         )
     if not document["families"]:
         found.append("No kind of steering was asked at two alphas: there are no rates by alpha.")
+    found += _without_perplexity(document["perplexity"])
     if document["states"] is None:
         found.append(
             "Hidden states were not measured (deshift report RUN_DIR --states MODEL_DIR does it)."
@@ -74,6 +75,15 @@ def missing(document: Mapping[str, Any]) -> list[str]:
         skipped = document["states"]["about"].get("skipped", {})
         found += [f"Hidden states of {name} are missing: {why}." for name, why in skipped.items()]
     return found
+
+
+def _without_perplexity(perplexity: Mapping[str, Any] | None) -> Iterator[str]:
+    if perplexity is None:
+        yield (
+            "Perplexity was not measured (deshift report RUN_DIR --perplexity MODEL_DIR does it)."
+        )
+    elif unscored := sum(each["num_unscored"] for each in perplexity["conditions"]):
+        yield f"{unscored} answers came after perplexity was measured, and have none."
 
 
 def _of_judges(document: Mapping[str, Any]) -> Iterator[str]:
@@ -102,6 +112,12 @@ def _of_judges(document: Mapping[str, Any]) -> Iterator[str]:
         "Degenerate answers are found by rules (empty, repeating, no words): fluent nonsense is "
         "not found."
     )
+    if document["perplexity"] is not None:
+        yield (
+            "Perplexity changes no verdict. An unlikely answer may be good language that the model "
+            "would not give unsteered; one that goes in circles grows likely by repetition, so "
+            "that only the rules find it. The model judges its own language, not what is true."
+        )
 
 
 def _of_numbers(document: Mapping[str, Any]) -> Iterator[str]:

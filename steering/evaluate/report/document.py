@@ -13,17 +13,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from steering.evaluate import perplexity, states
 from steering.evaluate.adapters.rows import read_text
 from steering.evaluate.items import Item
 from steering.evaluate.judge import verdicts_of
 from steering.evaluate.record import Answer, RunDir
-from steering.evaluate.report import conclusion, frontier, geometry, samples
+from steering.evaluate.report import conclusion, frontier, geometry, likelihood, samples
 from steering.evaluate.report.command import command
-from steering.evaluate.states import States
 from steering.evaluate.summary import BASE, summarise
 
 FORMAT = 1
-_FILES = ("run.json", "items.jsonl", "answers.jsonl", "judged.jsonl", "judges.json", "states.npz")
+_FILES = (
+    *("run.json", "items.jsonl", "answers.jsonl", "judged.jsonl", "judges.json"),
+    *(states.FILE, perplexity.FILE),
+)
 _LABELS = Path(__file__).parent.parent / "data" / "refusal.json"
 
 
@@ -34,7 +37,7 @@ def document(run_dir: Path, base: str = BASE, seed: int = 0) -> dict[str, Any]:
     run = json.loads(read_text(run_dir / "run.json"))
     conditions = run["settings"].get("conditions", [])
     items, answers, verdicts = folder.items(), folder.answers(), verdicts_of(run_dir)
-    states = States.load(run_dir)
+    measured, scored = states.States.load(run_dir), perplexity.load(run_dir)
     points = [_with_shares(asdict(p)) for p in frontier.points(verdicts, conditions)]
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -50,7 +53,10 @@ def document(run_dir: Path, base: str = BASE, seed: int = 0) -> dict[str, Any]:
         "pooled": [asdict(each) for each in frontier.against(verdicts, base)],
         "measures": {key: measure.words for key, measure in frontier.MEASURES.items()},
         "families": [asdict(each) for each in frontier.families(conditions, base)],
-        "states": None if states is None else geometry.described(states),
+        "perplexity": None
+        if scored is None
+        else likelihood.described(scored, answers, verdicts, base),
+        "states": None if measured is None else geometry.described(measured),
         "errors": _errors(answers),
         "samples": {
             "seed": seed,

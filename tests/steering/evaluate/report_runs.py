@@ -9,7 +9,8 @@ import numpy as np
 
 from steering.evaluate.conditions import Condition, parse
 from steering.evaluate.items import Item
-from steering.evaluate.judge import judge_run
+from steering.evaluate.judge import answer_digest, judge_run
+from steering.evaluate.perplexity import Scored
 from steering.evaluate.record import Answer, RunDir
 from steering.evaluate.states import PLAIN, States
 from tests.steering.evaluate.judged_runs import BABBLE, HELP, REFUSAL, answer
@@ -114,6 +115,34 @@ def make_run(
                 append(each)
     judge_run(path)
     return path
+
+
+def make_scores() -> list[Scored]:
+    """Of every answer of the full run: place / 10 nats; but 3 of the first 6 on `bad` at the middle
+    alpha, and 5 of what babbles at the highest. After the text alone as much as with the picture in
+    the base, a half of it elsewhere."""
+    found = []
+    for each in answers():
+        nll, place = int(each.id[1:]) / 10, int(each.id[1:])
+        if (each.condition, each.suite) == (STEERED[1], "bad") and place < 6:
+            nll = 3.0
+        if each.condition == STEERED[2]:
+            nll = 5.0
+        if each.error is None:
+            found.append(
+                Scored(
+                    condition=each.condition,
+                    suite=each.suite,
+                    id=each.id,
+                    answer_digest=answer_digest(each),
+                    num_tokens=4,
+                    nll_asked=nll if each.condition == "base" else 2 * nll,
+                    nll_text=nll,
+                    weights_digest="56" * 32,
+                    dtype="bfloat16",
+                )
+            )
+    return found
 
 
 def make_states(num_layers: int = 5, size: int = 6, num: int = 8) -> States:

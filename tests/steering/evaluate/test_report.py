@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import asdict
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the extra `eval` is not installed")
 
 from steering.errors import EvaluationError
-from steering.evaluate import report
+from steering.evaluate import perplexity, report
 from steering.evaluate.conditions import parse, parse_all
 from steering.evaluate.judge import judge_run
 from steering.evaluate.report.command import command
@@ -23,6 +22,7 @@ from steering.evaluate.report.words import interval, p_value, percent, signed
 from steering.evaluate.statistics import compare, rate
 from steering.evaluate.summary import summarise
 from tests.steering.evaluate.judged_runs import answer, harmful, write_run
+from tests.steering.evaluate.report_pages import Page, words
 from tests.steering.evaluate.report_runs import (
     CONDITIONS,
     NUM,
@@ -31,61 +31,9 @@ from tests.steering.evaluate.report_runs import (
     STEERED,
     XSS,
     make_run,
+    make_scores,
     make_states,
 )
-
-Table = list[list[str]]
-VOID = {"meta", "br", "img", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Tables by id or caption, every tag with its attributes, and text outside style."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: dict[str, Table] = {}
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.ids: list[str] = []
-        self.text, self.style = "", ""
-        self._open: list[str] = []
-        self._table: Table = []
-        self._id = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append((tag, found))
-        if "id" in found:
-            self.ids.append(found["id"] or "")
-        if tag not in VOID:
-            self._open.append(tag)
-        if tag == "table":
-            self._table, self._id = [], found.get("id") or ""
-        if tag == "tr":
-            self._table.append([])
-        if tag in ("td", "th"):
-            self._table[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}> closes another"
-        if tag == "caption":
-            self._id = self._id or self.text.rpartition("\0")[2].strip()
-        if tag == "table":
-            self.tables[self._id] = self._table
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self._open:
-            self.style += data
-            return
-        if "caption" in self._open and not self.text.endswith("\0") and self._open[-1] == "caption":
-            self.text += "\0"
-        self.text += data
-        if self._table and self._table[-1] and self._open[-1:] and "table" in self._open:
-            self._table[-1][-1] += data + " "
 
 
 def page_of(path: Path) -> Page:
@@ -98,14 +46,11 @@ def document_of(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "report.json").read_text()))
 
 
-def words(text: str) -> str:
-    return " ".join(text.split())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_run(tmp_path_factory.mktemp("report") / "run")
     make_states().save(path)
+    perplexity.save(path, make_scores())
     return path
 
 
@@ -326,7 +271,8 @@ def test_what_a_run_lacks_is_said(
     page = page_of(make_run(tmp_path / "run", chosen, suites))
     assert told in page.text
     assert "Hidden states were not measured" in page.text
-    assert "Not measured for this run." in page.text
+    assert "Perplexity was not measured" in page.text
+    assert page.text.count("Not measured for this run.") == 2
 
 
 def test_a_run_of_errors_alone_and_without_settings_has_a_report(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ pytest.importorskip("matplotlib", reason="the extra `eval` is not installed")
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 from playwright.sync_api import Browser, sync_playwright
 
-from steering.evaluate import report
-from tests.steering.evaluate.report_runs import XSS, make_run, make_states
+from steering.evaluate import perplexity, report
+from tests.steering.evaluate.report_runs import XSS, make_run, make_scores, make_states
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
@@ -34,6 +34,7 @@ def browser(written: Path) -> Iterator[Browser]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_run(tmp_path_factory.mktemp("browser") / "run")
     make_states().save(path)
+    perplexity.save(path, make_scores())
     return report.write(path)
 
 

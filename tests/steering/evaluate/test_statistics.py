@@ -2,7 +2,7 @@
 
 import pytest
 
-from steering.evaluate.statistics import agreement, compare, holm, mcnemar, rate
+from steering.evaluate.statistics import agreement, compare, holm, mcnemar, median, rate
 
 
 def table(both: int, only_first: int, only_second: int, neither: int) -> tuple[list[bool], ...]:
@@ -97,3 +97,20 @@ def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # statsmodels
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_the_interval_of_a_median_is_that_of_its_bootstrap() -> None:
+    """Of 11 different values, the exact probability that a resample's median is at most the k-th
+    is that of six or more of 11 draws, each with the chance k / 11."""
+    from scipy.stats import binom
+
+    values = [3.0, 1.0, 2.0, 11.0, 5.0, 4.0, 7.0, 6.0, 10.0, 8.0, 9.0]
+    below = {k: float(binom.sf(5, 11, k / 11)) for k in range(12)}
+    low = next(k for k in below if below[k] >= 0.025)
+    high = next(k for k in below if below[k] >= 0.975)
+    assert min(abs(share - end) for share in below.values() for end in (0.025, 0.975)) > 0.004
+    found = median(values, num_resamples=20_000)
+    assert (found.value, found.num, found.low, found.high) == (6.0, 11, low, high)
+    assert median([2.5]) == type(found)(2.5, 1, 2.5, 2.5)
+    with pytest.raises(ValueError, match="no median"):
+        median([])
