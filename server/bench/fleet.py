@@ -1,4 +1,4 @@
-"""Replicas of a checkpoint, a Redis of their own, and tenants, for the scenarios of FLEETS.
+"""Replicas of a checkpoint, a Redis of their own, and tenants, for scenarios that measure them.
 
 Everything runs on this machine, so all its moments are of one clock. Measures nothing.
 """
@@ -11,7 +11,7 @@ import shutil
 import string
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import redis
 
-from server.bench.servers import Checkpoint, deshift_serve
+from server.bench.servers import Checkpoint, Wanted, deshift_serve
 from server.bench.target import BenchError, Target
 from server.config import PREFIX, Settings
 from server.control import Author, Control, key_digest
@@ -45,6 +45,14 @@ _TENANTS_A_COMMIT = 250
 
 
 @dataclass(frozen=True)
+class Size:
+    """num_tenants: beside the one that the targets' key is of."""
+
+    num_replicas: int
+    num_tenants: int = 0
+
+
+@dataclass(frozen=True)
 class Fleet:
     """store_url: may be written. targets, admin_urls: the replicas, in one order; the targets have
     the tenant's key. policy: the tenant's at first, and that of the other tenants, whose keys are
@@ -59,18 +67,9 @@ class Fleet:
 
 
 def start(
-    stack: ExitStack,
-    checkpoint: Checkpoint | None,
-    *,
-    num_replicas: int,
-    num_tenants: int,
-    settings: Sequence[tuple[str, str]],
-    num_rows: int,
-    logs: Path,
-    dtype: str,
+    stack: ExitStack, checkpoint: Checkpoint | None, wanted: Wanted, size: Size, *, num_rows: int
 ) -> Fleet:
-    """They end with `stack`. `num_tenants`: beside the one of the targets. `settings` by field; the
-    tenants' policy is that of the settings.
+    """The replicas end with `stack`; the tenants' policy is that of the settings.
 
     Raises BenchError, ChildError, ConfigError, SteeringError.
     """
@@ -78,8 +77,8 @@ def start(
         raise BenchError(
             "this scenario measures replicas that it starts itself: give --serve, --demo or --shape"
         )
-    env = {f"{PREFIX}MAX_ROWS": str(num_rows), **checkpoint.env}
-    env |= {f"{PREFIX}{name.upper()}": value for name, value in settings}
+    logs, dtype = wanted.logs, wanted.dtype
+    env = checkpoint.environment(num_rows, wanted.settings)
     env.pop(f"{PREFIX}REPLICA", None)  # one name for both would make them one
     chosen = Settings.from_env(env)
     policy = default_fields(chosen)
@@ -88,14 +87,14 @@ def start(
     logs.mkdir(parents=True, exist_ok=True)
     directory = Path(stack.enter_context(TemporaryDirectory(prefix="deshift-bench-")))
     url = stack.enter_context(redis_server(directory, logs / "redis.log"))
-    tenant_key, tenant_keys = asyncio.run(_fill(url, chosen, policy, num_tenants))
+    tenant_key, tenant_keys = asyncio.run(_fill(url, chosen, policy, size.num_tenants))
     admin_key = secrets.token_urlsafe(24)
     env |= {f"{PREFIX}STORE": url, f"{PREFIX}ADMIN_STORE": url}
     env[f"{PREFIX}ADMIN_KEYS"] = f"{OPERATOR}:{admin_key}"
     # Two processes that each take every core hold each other up.
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_replicas)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size.num_replicas)))
     targets, admin_urls = [], []
-    for letter in string.ascii_uppercase[:num_replicas]:
+    for letter in string.ascii_uppercase[: size.num_replicas]:
         name = f"replica {letter}"
         port = free_port()
         served = deshift_serve(

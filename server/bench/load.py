@@ -4,15 +4,16 @@ import asyncio
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import httpx
 
+from server.bench.effort import Effort, Progress
 from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord, chat
-from server.bench.target import Target
+from server.bench.target import BenchError, Target
 
 BETWEEN_BURSTS_S = 0.05  # in which a server puts away what the last burst left
 AnyColumn = TypeVar("AnyColumn")
@@ -157,25 +158,28 @@ class Switch:
             await asyncio.sleep(self._pause_s)
 
 
+def servers_of(scenario: str, columns: Sequence[Column]) -> list[Served]:
+    """The columns, if all are servers. Raises BenchError."""
+    for column in columns:
+        if not isinstance(column, Served):
+            raise BenchError(f"--scenario {scenario} measures servers, not {column.name}")
+    return [column for column in columns if isinstance(column, Served)]
+
+
 async def measure(
     columns: Sequence[Column],
     prompts: Prompts,
-    *,
-    streams: Sequence[int],
-    rounds: int,
-    max_tokens: int,
-    warmup: int = 1,
-    pause_s: float,
-    progress: Callable[[str], None] = lambda _: None,
+    effort: Effort,
+    progress: Progress = lambda _: None,
 ) -> list[Burst]:
     """All bursts after the warm-up. Every chat of every column has a picture and a text of its
-    own; the questions of a round are the same for all columns. pause_s: see Switch.
+    own; the questions of a round are the same for all columns.
     """
-    switch = Switch(pause_s)
+    switch = Switch(effort.pause_s)
     bursts: list[Burst] = []
     numbers = itertools.count()
-    for round_ in range(-warmup, rounds):
-        for num_streams in streams:
+    for round_ in range(-effort.warmup, effort.rounds):
+        for num_streams in effort.streams:
             for column in in_turn(columns, round_):
                 progress(f"{column.name}, {num_streams} at once")
                 chats = [
@@ -184,9 +188,19 @@ async def measure(
                 ]
                 await switch.to(column)
                 start = time.perf_counter()
-                records = await column.answer(chats, max_tokens)
+                records = await column.answer(chats, effort.max_tokens)
                 wall_s = time.perf_counter() - start
                 if round_ >= 0:
                     bursts.append(Burst(column.name, num_streams, round_, wall_s, tuple(records)))
                 await asyncio.sleep(BETWEEN_BURSTS_S)
     return bursts
+
+
+def num_steps(columns: Sequence[Column], effort: Effort) -> int:
+    """How often `measure` reports progress."""
+    return effort.num_rounds * len(effort.streams) * len(columns)
+
+
+def num_failed(bursts: Sequence[Burst]) -> int:
+    """Of their chats."""
+    return sum(bool(record.error) for burst in bursts for record in burst.records)

@@ -1,16 +1,20 @@
-"""What the server exports of steering's cost, beside the difference that its clients measure.
+"""Scenario `metrics`: what is exported of steering's cost, beside the difference clients measure.
 
 Around each burst the sum of the exported overhead is read; what it rose by is held against the same
 round's burst without steering. Does not cover what else is exported.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import httpx
+from rich.markup import escape
+from rich.table import Table
 
-from server.bench.load import Burst, Served
-from server.bench.prompts import Message
+from server.bench import load, tables
+from server.bench.effort import Effort, Outcome, Progress
+from server.bench.load import Burst, Column, Served, servers_of
+from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord
 from server.bench.summary import Comparison, Spread, cells, comparisons
 from server.bench.target import BenchError
@@ -94,6 +98,17 @@ class Scraped:
         return exported(response.text)
 
 
+async def run(
+    columns: Sequence[Column], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    scraped = [Scraped(each) for each in servers_of("metrics", columns)]
+    bursts = await load.measure(scraped, prompts, effort, progress)
+    num_warmups = effort.warmup * len(effort.streams)
+    rows = accounts(scraped, bursts, effort.baseline, num_warmups)
+    figures = {"metrics": [asdict(row) | {"agrees": row.agrees} for row in rows]}
+    return Outcome([table_of(rows, effort.baseline)], figures, load.num_failed(bursts))
+
+
 def exported(text: str) -> Exported:
     """Of all tenants and modes together, from Prometheus' text format."""
 
@@ -119,3 +134,23 @@ def accounts(
         answers = told[more.target, more.num_streams]
         result.append(Account(more.target, more.num_streams, found, answers, more))
     return result
+
+
+def table_of(rows: Sequence[Account], baseline: str) -> Table:
+    table = tables.table(
+        "What steering costs a chat, ms: as /metrics exports it and answers say it, median "
+        f"(interquartile range);\nthe difference to {baseline} within rounds, median (95 % "
+        "interval); and whether the exported median lies in that of the whole chat",
+        ("streams", "server", "exported", "answers", "TTFT more", "whole more", "within"),
+    )
+    for row in rows:
+        table.add_row(
+            str(row.num_streams),
+            escape(row.target),
+            tables.spread(row.exported_s, 1000, "{:.2f}"),
+            tables.spread(row.told_ms, 1, "{:.2f}"),
+            tables.interval(row.more.time_to_first_token_more_s, 1000, "{:+.1f}"),
+            tables.interval(row.more.e2e_more_s, 1000, "{:+.1f}"),
+            "yes" if row.agrees else "no",
+        )
+    return table

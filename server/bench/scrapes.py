@@ -5,15 +5,18 @@ answers that are being written. Says nothing of what the figures in it are worth
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import httpx
+from rich.table import Table
 
+from server.bench import tables
+from server.bench.effort import Effort, Outcome, Progress
 from server.bench.fleet import Fleet
-from server.bench.load import Served, steady_gaps
+from server.bench.load import Column, Served, servers_of, steady_gaps
 from server.bench.prompts import Prompts
 from server.bench.stream import StreamRecord, chat
 from server.bench.summary import Interval, Spread
@@ -63,38 +66,39 @@ class Scrapes:
     first_error: str
 
 
-def num_steps(rounds: int, warmup: int) -> int:
-    """How often `run` reports progress."""
-    return NUM_TENANTS * len(_STEERING) + 2 * (rounds + warmup)
+def num_steps(_columns: Sequence[Column], effort: Effort) -> int:
+    return NUM_TENANTS * len(_STEERING) + 2 * effort.num_rounds
 
 
 async def run(
-    fleet: Fleet,
-    served: Served,
-    prompts: Prompts,
-    *,
-    num_streams: int,
-    rounds: int,
-    max_tokens: int,
-    warmup: int,
-    progress: Callable[[str], None],
+    columns: Sequence[Column], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    assert effort.fleet is not None  # it is of this scenario
+    [replica] = servers_of("scrapes", columns)
+    result = await measure(effort.fleet, replica, prompts, effort, progress)
+    return Outcome(tables_of(result), {"scrapes": asdict(result)}, result.num_failed)
+
+
+async def measure(
+    fleet: Fleet, served: Served, prompts: Prompts, effort: Effort, progress: Progress
 ) -> Scrapes:
     """Gives each tenant of the fleet's first replica traffic, scrapes it idle, and then while
     answers are written, and not, in turn. Raises BenchError where /metrics cannot be read.
     """
+    num_streams = max(effort.streams)
     numbers = itertools.count()
     records = await _traffic(fleet, served, prompts, numbers, num_streams, progress)
     url = f"{fleet.admin_urls[0]}/metrics"
     first, *idle = [await _scrape(served.client, url) for _ in range(1 + NUM_IDLE)]
     beside: list[Scrape] = []
     pairs: list[tuple[list[float], list[float]]] = []
-    for round_ in range(-warmup, rounds):
+    for round_ in range(-effort.warmup, effort.rounds):
         halves: dict[bool, list[float]] = {}
         for is_scraped in (round_ % 2 == 0, round_ % 2 == 1):
             progress("with scrapes" if is_scraped else "without")
             chats = [prompts.about_picture(next(numbers), n) for n in range(num_streams)]
             async with _scraping(served.client, url, beside if is_scraped else None):
-                answers = await served.answer(chats, max_tokens, every_token=True)
+                answers = await served.answer(chats, effort.max_tokens, every_token=True)
             records += answers
             halves[is_scraped] = steady_gaps(answers)
         if round_ >= 0:
@@ -108,7 +112,7 @@ async def _traffic(
     prompts: Prompts,
     numbers: Iterator[int],
     at_once: int,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> list[StreamRecord]:
     waiting = iter(list(itertools.product(fleet.tenant_keys, _STEERING)))
     records: list[StreamRecord] = []
@@ -187,3 +191,39 @@ def _result(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def tables_of(result: Scrapes) -> list[Table]:
+    """What a scrape takes, and what it does to the answers beside it."""
+    scrape = tables.table(
+        "A scrape of /metrics in OpenMetrics, ms: the first after every tenant's first traffic, "
+        "the others;\nmedian (interquartile range) / p99",
+        ("tenants", "lines", "KiB", "first", "idle", "beside answers"),
+        num_names=0,
+    )
+    scrape.add_row(
+        str(result.num_tenants),
+        str(result.num_lines),
+        f"{result.num_bytes / 1024:.0f}",
+        f"{1000 * result.first_s:.1f}",
+        *(
+            f"{tables.spread(each, 1000, '{:.1f}')} / {1000 * each.p99:.1f}" if each else "-"
+            for each in (result.idle, result.beside)
+        ),
+    )
+    answers = tables.table(
+        "Gaps between tokens of running answers, without and with a scrape each second: "
+        "median / p99, ms\nRatios within rounds: median (95 % interval of the median)",
+        ("streams", "server", "without", "with", "mean with / without", "p99 with / without")
+        + ("rounds",),
+    )
+    answers.add_row(
+        str(result.num_streams),
+        tables.name("deshift", result.num_failed, result.first_error),
+        tables.median_and_p99(result.quiet),
+        tables.median_and_p99(result.scraped),
+        tables.interval(result.slower, 1, "{:.3f}"),
+        tables.interval(result.worst, 1, "{:.3f}"),
+        str(result.slower.n if result.slower else 0),
+    )
+    return [scrape, answers]

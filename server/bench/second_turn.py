@@ -1,10 +1,14 @@
 """Scenario `second-turn`: how much sooner the second answer about the same picture begins."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
-from server.bench.load import Served, Switch, in_turn
+from rich.table import Table
+
+from server.bench import tables
+from server.bench.effort import Effort, Outcome, Progress
+from server.bench.load import Column, Served, Switch, in_turn, servers_of
 from server.bench.prompts import FOLLOW_UP, Prompts
 from server.bench.stream import StreamRecord
 from server.bench.summary import Interval, Spread
@@ -30,25 +34,30 @@ class SecondTurn:
     first_error: str
 
 
+def num_steps(columns: Sequence[Column], effort: Effort) -> int:
+    return effort.num_rounds * len(columns)
+
+
 async def run(
-    columns: Sequence[Served],
-    prompts: Prompts,
-    *,
-    rounds: int,
-    max_tokens: int,
-    warmup: int = 1,
-    pause_s: float,
-    progress: Callable[[str], None],
+    columns: Sequence[Column], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    rows = await measure(servers_of("second-turn", columns), prompts, effort, progress)
+    figures = {"second_turn": [asdict(row) for row in rows]}
+    return Outcome([table_of(rows)], figures, sum(row.num_failed for row in rows))
+
+
+async def measure(
+    columns: Sequence[Served], prompts: Prompts, effort: Effort, progress: Progress
 ) -> list[SecondTurn]:
     """A question about a photograph, an answer of `max_tokens`, then a second question."""
-    numbers, switch = itertools.count(), Switch(pause_s)
+    numbers, switch = itertools.count(), Switch(effort.pause_s)
     turns: dict[str, list[tuple[StreamRecord, StreamRecord]]] = {c.name: [] for c in columns}
-    for round_ in range(-warmup, rounds):
+    for round_ in range(-effort.warmup, effort.rounds):
         for column in in_turn(columns, round_):
             progress(column.name)
             messages = prompts.about_picture(next(numbers), round_, new_size=column.new_sizes)
             await switch.to(column)
-            [first] = await column.answer([messages], max_tokens)
+            [first] = await column.answer([messages], effort.max_tokens)
             answer = {"role": "assistant", "content": first.text}
             question = {"role": "user", "content": FOLLOW_UP}
             [second] = await column.answer([[*messages, answer, question]], SECOND_TOKENS)
@@ -70,3 +79,23 @@ def _result(name: str, pairs: Sequence[tuple[StreamRecord, StreamRecord]]) -> Se
         num_failed=len(pairs) - len(good),
         first_error=errors[0] if errors else "",
     )
+
+
+def table_of(rows: Sequence[SecondTurn]) -> Table:
+    table = tables.table(
+        "Time to first token of two questions about one picture: median (interquartile range)\n"
+        "Ratio within conversations: median (95 % interval of the median)",
+        ("server", "first ms", "second ms", "second / first", "conversations")
+        + ("cached of second prompt",),
+        num_names=1,
+    )
+    for row in rows:
+        table.add_row(
+            tables.name(row.target, row.num_failed, row.first_error),
+            tables.spread(row.first, 1000, "{:.1f}"),
+            tables.spread(row.second, 1000, "{:.1f}"),
+            tables.interval(row.ratio, 1, "{:.3f}"),
+            str(row.ratio.n if row.ratio else 0),
+            f"{tables.median(row.cached_tokens)} of {tables.median(row.second_prompt_tokens)}",
+        )
+    return table

@@ -37,6 +37,13 @@ class Checkpoint:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     conditions: str = ""
 
+    def environment(self, num_rows: int, settings: Sequence[tuple[str, str]]) -> dict[str, str]:
+        """With a row for each of so many chats, where `env` or `settings` (by field) say nothing
+        else, so that none waits for another's end.
+        """
+        env = {f"{PREFIX}MAX_ROWS": str(num_rows), **self.env}
+        return env | {f"{PREFIX}{name.upper()}": value for name, value in settings}
+
 
 def of_directory(model: Path) -> Checkpoint:
     """Any checkpoint, with this environment's settings."""
@@ -89,6 +96,33 @@ def checkpoint(serve: Path | None, demo: bool, shape: str | None) -> Checkpoint 
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is to be measured. settings: of our servers, by field; urls: of servers that run
+    already; steering, models and api_keys: by a server's name.
+    """
+
+    serve: Path | None
+    demo: bool
+    shape: str | None
+    dtype: str
+    logs: Path
+    settings: Sequence[tuple[str, str]]
+    plain_sample: bool
+    transformers_serve: bool
+    generate: bool
+    urls: Sequence[tuple[str, str]]
+    steering: Mapping[str, str]
+    models: Mapping[str, str]
+    api_keys: Mapping[str, str] = field(repr=False)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether anything is to be measured beside our server as its settings have it."""
+        others = (self.plain_sample, self.transformers_serve, self.generate)
+        return any(others) or bool(self.urls or self.steering)
+
+
+@dataclass(frozen=True)
 class Started:
     """Servers that run, and by process id what memory the settings allow ours."""
 
@@ -97,43 +131,32 @@ class Started:
 
 
 def start(
-    stack: ExitStack,
-    checkpoint: Checkpoint | None,
-    *,
-    plain_sample: bool,
-    transformers: bool,
-    settings: Sequence[tuple[str, str]],
-    num_rows: int,
-    logs: Path,
-    dtype: str,
+    stack: ExitStack, checkpoint: Checkpoint | None, wanted: Wanted, *, num_rows: int
 ) -> Started:
-    """The servers on the checkpoint, ours first; they end with `stack`. `settings` by field.
+    """The servers on the checkpoint, ours first; they end with `stack`.
 
-    num_rows: of our servers, as many as chats at once, so that none waits for another's end; a
-    setting or the environment may say otherwise.
     Raises BenchError, ChildError, ConfigError.
     """
     result = Started([], {})
     if checkpoint is None:
-        if plain_sample or transformers or settings:
+        if wanted.plain_sample or wanted.transformers_serve or wanted.settings:
             raise BenchError(
                 "--plain-sample, --transformers-serve and --setting need a checkpoint: "
                 "give --serve, --demo or --shape"
             )
         return result
-    env = {f"{PREFIX}MAX_ROWS": str(num_rows), **checkpoint.env}
-    env |= {f"{PREFIX}{name.upper()}": value for name, value in settings}
-    wanted = {OURS: env} | ({PLAIN: env | PLAIN_SAMPLE} if plain_sample else {})
-    for name, environment in wanted.items():
+    env = checkpoint.environment(num_rows, wanted.settings)
+    ours = {OURS: env} | ({PLAIN: env | PLAIN_SAMPLE} if wanted.plain_sample else {})
+    for name, environment in ours.items():
         chosen = Settings.from_env(environment)
-        allowed = budget(checkpoint.model, chosen, dtype)
-        served = deshift_serve(name, checkpoint.model, logs, dtype, environment)
+        allowed = budget(checkpoint.model, chosen, wanted.dtype)
+        served = deshift_serve(name, checkpoint.model, wanted.logs, wanted.dtype, environment)
         max_choices = min(chosen.max_n, chosen.max_rows)
         target = replace(stack.enter_context(served), max_choices=max_choices)
         result.targets.append(target)
         result.budgets[target.pid] = allowed
-    if transformers:
-        reference = transformers_serve(checkpoint.model, logs, dtype)
+    if wanted.transformers_serve:
+        reference = transformers_serve(checkpoint.model, wanted.logs, wanted.dtype)
         result.targets.append(stack.enter_context(reference))
     return result
 

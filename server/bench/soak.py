@@ -2,12 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.table import Table
+
+from server.bench import tables
+from server.bench.effort import Effort, Outcome, Progress
 from server.bench.footprint import Budget, Footprint
-from server.bench.load import Served, Switch
+from server.bench.load import Column, Served, Switch, servers_of
 from server.bench.prompts import Prompts
 from server.bench.stream import chat
 from server.bench.summary import Spread
@@ -62,42 +66,51 @@ class Soak:
         return Spread.of(each.now_bytes / self.budget.total_bytes for each in self.samples)
 
 
+def num_steps(columns: Sequence[Column], effort: Effort) -> int:
+    return effort.num_requests * len({column.target.pid for column in started_here(columns)})
+
+
 async def run(
-    columns: Sequence[Served],
-    prompts: Prompts,
-    *,
-    num_requests: int,
-    num_streams: int,
-    budgets: Mapping[int, Budget],
-    pause_s: float,
-    progress: Callable[[str], None],
+    columns: Sequence[Column], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    rows = await measure(started_here(columns), prompts, effort, progress)
+    figures = {"memory": [figures_of(row) for row in rows]}
+    return Outcome([table_of(rows)], figures, sum(row.num_failed for row in rows))
+
+
+def started_here(columns: Sequence[Column]) -> list[Served]:
+    """The columns, if all are servers whose memory can be read. Raises BenchError."""
+    servers = servers_of("memory", columns)
+    for column in servers:
+        if not column.target.pid:
+            raise BenchError(
+                f"--scenario memory reads the memory of servers that it starts itself, and "
+                f"{column.name} is a URL: use --serve, --demo or --shape"
+            )
+    return servers
+
+
+async def measure(
+    columns: Sequence[Served], prompts: Prompts, effort: Effort, progress: Progress
 ) -> list[Soak]:
-    """`num_requests` to each server process, `num_streams` under way at once; a process that has
-    several columns (steering settings) gets requests of all. `budgets` by process id. Raises
-    BenchError.
+    """`num_requests` to each server process, as many under way at once as the largest of `streams`;
+    a process that has several columns (steering settings) gets requests of all. Raises BenchError.
     """
-    switch = Switch(pause_s)
+    switch = Switch(effort.pause_s)
     by_process: dict[int, list[Served]] = {}
     for column in columns:
         by_process.setdefault(column.target.pid, []).append(column)
     soaks = []
-    for pid, of_process in by_process.items():
+    for of_process in by_process.values():
         await switch.to(of_process[0])
-        soaks.append(
-            await _soak(of_process, prompts, num_requests, num_streams, budgets.get(pid), progress)
-        )
+        soaks.append(await _soak(of_process, prompts, effort, progress))
     return soaks
 
 
 async def _soak(
-    columns: Sequence[Served],
-    prompts: Prompts,
-    num_requests: int,
-    num_streams: int,
-    budget: Budget | None,
-    progress: Callable[[str], None],
+    columns: Sequence[Served], prompts: Prompts, effort: Effort, progress: Progress
 ) -> Soak:
-    pid = columns[0].target.pid
+    pid, num_requests = columns[0].target.pid, effort.num_requests
     numbers = iter(range(num_requests))
     samples: list[Sample] = []
     outcomes: list[str] = []  # of each finished request: "", "cancelled" or the error
@@ -110,7 +123,7 @@ async def _soak(
             if len(outcomes) % max(1, num_requests // SAMPLES) == 0:
                 samples.append(Sample(len(outcomes), _footprint(pid).now_bytes))
 
-    await asyncio.gather(*(client() for _ in range(num_streams)))
+    await asyncio.gather(*(client() for _ in range(max(effort.streams))))
     errors = [each for each in outcomes if each not in ("", "cancelled")]
     half = samples[len(samples) // 2 :]
     return Soak(
@@ -121,7 +134,7 @@ async def _soak(
         first_error=errors[0] if errors else "",
         ready_bytes=ready.now_bytes,
         peak_bytes=max(_footprint(pid).peak_bytes, *(sample.now_bytes for sample in samples)),
-        budget=budget,
+        budget=effort.budgets.get(pid),
         slope_bytes=slope([s.num_requests for s in half], [s.now_bytes for s in half]),
         samples=tuple(samples),
     )
@@ -171,3 +184,38 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     over = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
     return over / sum((x - mean_x) ** 2 for x in xs)
+
+
+def figures_of(row: Soak) -> dict[str, Any]:
+    serving = row.serving_ratio
+    return asdict(row) | {"ratio": row.ratio, "serving_ratio": serving and asdict(serving)}
+
+
+def table_of(rows: Sequence[Soak]) -> Table:
+    table = tables.table(
+        "Memory of the server's process over unlike requests, MiB\n"
+        "Budget: weights + KV cache + other caches. Serving: median (interquartile range) of "
+        "readings between requests. Growth: over the second half",
+        ("server", "requests", "cancelled", "ready", "peak", "budget", "peak / budget")
+        + ("serving / budget", "readings", "growth per 1000"),
+        num_names=1,
+    )
+    for row in rows:
+        table.add_row(
+            tables.name(row.target, row.num_failed, row.first_error),
+            str(row.num_requests),
+            str(row.num_cancelled),
+            tables.mib(row.ready_bytes),
+            tables.mib(row.peak_bytes),
+            _budget(row.budget) if row.budget else "-",
+            f"{row.ratio:.2f}" if row.ratio else "-",
+            tables.spread(row.serving_ratio, 1, "{:.2f}"),
+            str(len(row.samples)),
+            f"{1000 * row.slope_bytes / tables.MIB:+.1f}",
+        )
+    return table
+
+
+def _budget(budget: Budget) -> str:
+    parts = (budget.weights_bytes, budget.kv_bytes, budget.caches_bytes)
+    return " + ".join(map(tables.mib, parts))

@@ -2,10 +2,15 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
-from server.bench.load import Served, Switch, in_turn, steady_gaps
+from rich.table import Table
+
+from server.bench import load, tables
+from server.bench.effort import Effort, Outcome, Progress
+from server.bench.load import Column, Served, Switch, in_turn, servers_of, steady_gaps
 from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord, chat
 from server.bench.summary import Interval, Spread
@@ -48,31 +53,36 @@ class _Half:
         return steady_gaps(self.records)
 
 
+def num_steps(columns: Sequence[Column], effort: Effort) -> int:
+    return 2 * load.num_steps(columns, effort)
+
+
 async def run(
-    columns: Sequence[Served],
-    prompts: Prompts,
-    *,
-    streams: Sequence[int],
-    rounds: int,
-    max_tokens: int,
-    arrivals_at_once: int = 1,
-    warmup: int = 1,
-    pause_s: float,
-    progress: Callable[[str], None],
+    columns: Sequence[Column], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    rows = await measure(servers_of("stalls", columns), prompts, effort, progress)
+    figures = {"stalls": [asdict(row) for row in rows]}
+    return Outcome([table_of(rows)], figures, sum(row.num_failed for row in rows))
+
+
+async def measure(
+    columns: Sequence[Served], prompts: Prompts, effort: Effort, progress: Progress
 ) -> list[Stalls]:
     """Answers about photographs, once left alone and once while prompts of 2,000 tokens without a
-    picture arrive: `arrivals_at_once` at first, then each as soon as one of them is answered.
+    picture arrive: `effort.arrivals` at first, then each as soon as one of them is answered.
     Raises BenchError.
     """
-    numbers, switch = itertools.count(), Switch(pause_s)
+    numbers, switch = itertools.count(), Switch(effort.pause_s)
     num_words = {
         column.name: await _words_for(column, prompts, numbers, ARRIVAL_TOKENS)
         for column in columns
     }
-    halves: dict[tuple[str, int, int, bool], _Half] = {}
-    for round_, num_streams in itertools.product(range(-warmup, rounds), streams):
+    pairs: dict[tuple[str, int], list[tuple[_Half, _Half]]] = defaultdict(list)
+    rounds = range(-effort.warmup, effort.rounds)
+    for round_, num_streams in itertools.product(rounds, effort.streams):
         for column in in_turn(columns, round_):
             await switch.to(column)
+            halves: dict[bool, _Half] = {}
             for disturb in (round_ % 2 == 0, round_ % 2 == 1):
                 progress(f"{column.name}, {num_streams} at once")
                 chats = [
@@ -81,23 +91,14 @@ async def run(
                 ]
                 words = num_words[column.name]
                 arriving = (prompts.text(number, words) for number in numbers)
-                halves[column.name, num_streams, round_, disturb] = await _half(
-                    column, chats, max_tokens, arriving, arrivals_at_once if disturb else 0
+                halves[disturb] = await _half(
+                    column, chats, effort.max_tokens, arriving, effort.arrivals if disturb else 0
                 )
+            if round_ >= 0:
+                pairs[column.name, num_streams].append((halves[False], halves[True]))
     return [
-        _result(
-            column.name,
-            num_streams,
-            arrivals_at_once,
-            [
-                (
-                    halves[column.name, num_streams, r, False],
-                    halves[column.name, num_streams, r, True],
-                )
-                for r in range(rounds)
-            ],
-        )
-        for num_streams in streams
+        _result(column.name, num_streams, effort.arrivals, pairs[column.name, num_streams])
+        for num_streams in effort.streams
         for column in columns
     ]
 
@@ -169,3 +170,25 @@ def _result(
         num_failed=sum(bool(record.error) for record in every),
         first_error=next((record.error for record in every if record.error), ""),
     )
+
+
+def table_of(rows: Sequence[Stalls]) -> Table:
+    table = tables.table(
+        "Gaps between tokens of running answers, alone and while long prompts arrive: "
+        "median / p99, ms\nRatio within rounds: median (95 % interval of the median)",
+        ("streams", "server", "alone", "with arrivals", "p99 with / median alone", "rounds")
+        + ("at once", "arrivals answered"),
+    )
+    for row in rows:
+        answered = f"{row.num_arrivals} of {tables.median(row.arrival_tokens)} tokens"
+        table.add_row(
+            str(row.num_streams),
+            tables.name(row.target, row.num_failed, row.first_error),
+            tables.median_and_p99(row.quiet),
+            tables.median_and_p99(row.disturbed),
+            tables.interval(row.worst, 1, "{:.2f}"),
+            str(row.worst.n if row.worst else 0),
+            str(row.arrivals_at_once),
+            answered if row.num_arrivals else "none",
+        )
+    return table

@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +18,14 @@ import httpx
 from redis.exceptions import RedisError
 
 from server.bench import admission
-from server.bench.admission import Admission
+from server.bench.effort import Effort, Outcome, Progress
 from server.bench.fleet import TENANT, Fleet, add_tenants
-from server.bench.load import Served
+from server.bench.load import Column, Served, servers_of
 from server.bench.prompts import Prompts
 from server.bench.store_cost import StoreCost, store_cost
-from server.bench.stream import StreamRecord, chat
-from server.bench.summary import Spread
+from server.bench.stream import chat
 from server.bench.target import BenchError
+from server.bench.toggle_figures import Asked, Change, Toggle, figures_of, tables_of
 from server.bench.ways import ByApi, ByCommand, ByConsole, ByProcess, Way
 from server.control import Control
 from steering.stores import Store, opened_store
@@ -38,150 +38,68 @@ _LONGEST_PAUSE_S = 0.2  # so that changes meet the replicas' own rounds at any m
 _COMMITS_A_PAGE = 1000
 
 
-@dataclass(frozen=True)
-class Change:
-    """Unix seconds: sent by the operator, committed by the store, in force on each replica."""
-
-    way: str
-    revision: int
-    sent_at: float
-    committed_at: float
-    applied_at: tuple[float, ...]
-
-    @property
-    def from_sent_s(self) -> float:
-        """Until it was in force everywhere."""
-        return max(self.applied_at) - self.sent_at
-
-    @property
-    def from_commit_s(self) -> float:
-        return max(self.applied_at) - self.committed_at
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A chat of the load: to which replica, when (unix seconds), and what came."""
-
-    replica: int
-    sent_at: float
-    record: StreamRecord
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds."""
-
-    median: float
-    p99: float
-    maximum: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Latency | None":
-        found = list(values)
-        spread = Spread.of(found)
-        return None if spread is None else cls(spread.median, spread.p99, max(found), spread.n)
-
-
-@dataclass(frozen=True)
-class Toggle:
-    """changes: those by the ways that count; processes: by whole processes of the command.
-
-    num_mixed: answers whose chunks name more than one revision, or none; num_behind: answers with
-    an older one than was in force on their replica, as it says, when they were sent.
-    """
-
-    changes: tuple[Change, ...]
-    processes: tuple[Change, ...]
-    num_streams: int
-    load_s: float
-    num_answered: int
-    num_failed: int
-    first_error: str
-    num_mixed: int
-    num_behind: int
-    store_costs: tuple[StoreCost, ...]
-    admissions: tuple[Admission, ...]
-
-    @property
-    def by_way(self) -> dict[str, tuple[Change, ...]]:
-        """The ways in order of appearance, all of them, and the processes."""
-        ways = dict.fromkeys(change.way for change in self.changes)
-        groups = {way: tuple(c for c in self.changes if c.way == way) for way in ways}
-        groups["all"] = self.changes
-        return groups | ({self.processes[0].way: self.processes} if self.processes else {})
-
-
-def num_steps(num_changes: int) -> int:
-    return num_changes + NUM_PROCESSES
+def num_steps(_columns: Sequence[Column], effort: Effort) -> int:
+    return effort.num_changes + NUM_PROCESSES
 
 
 async def run(
+    columns: Sequence[Column], prompts: Prompts, effort: Effort, progress: Progress
+) -> Outcome:
+    assert effort.fleet is not None  # it is of this scenario
+    replicas = servers_of("toggle", columns)
+    result = await measure(effort.fleet, replicas, prompts, effort, progress)
+    failed = result.num_failed + result.num_mixed + result.num_behind
+    return Outcome(tables_of(result), {"toggle": figures_of(result)}, failed)
+
+
+async def measure(
     fleet: Fleet,
     columns: Sequence[Served],
     prompts: Prompts,
+    effort: Effort,
+    progress: Progress,
     *,
-    num_changes: int,
-    num_streams: int,
-    max_tokens: int,
-    progress: Callable[[str], None],
     num_tenants: int = NUM_TENANTS,
     num_processes: int = NUM_PROCESSES,
 ) -> Toggle:
-    """`num_changes` by all ways in turn and a few by whole processes, while `num_streams` chats are
-    under way, shared by the replicas (`columns`, in the fleet's order). Raises BenchError,
-    SteeringError.
+    """`num_changes` by all ways in turn and a few by whole processes, while as many chats as the
+    largest of `streams` are under way, shared by the replicas (`columns`, in the fleet's order).
+    Raises BenchError, SteeringError.
     """
     admissions = tuple(admission.measure(fleet.policy, n) for n in (1, 1 + num_tenants))
     async with AsyncExitStack() as stack:
         stack.enter_context(_explained())
         store = await stack.enter_async_context(opened_store(fleet.store_url))
         watch = await stack.enter_async_context(_watched(fleet))
+        operator = _Operator(watch, itertools.cycle((fleet.policy.alpha / 2, fleet.policy.alpha)))
         ways = await _ways(stack, fleet, store)
-        alphas = itertools.cycle((fleet.policy.alpha / 2, fleet.policy.alpha))
-
-        async def make(way: Way) -> Change:
-            sent = await way.change(next(alphas))
-            applied = await asyncio.gather(*(_applied(each, sent.revision) for each in watch))
-            return Change(way.name, sent.revision, sent.at, math.nan, tuple(applied))
-
-        costs = []
-        for more in (0, num_tenants):
-            await add_tenants(store, fleet.policy, more)
-            command = ByCommand(Control(store))
-            await make(command)  # now everybody has taken up the tenants, too
-            url = fleet.store_url
-            costs.append(await store_cost(url, 1 + more, NUM_COUNTED, partial(make, command)))
+        costs = [await _cost(fleet, store, operator, more) for more in (0, num_tenants)]
         started = time.monotonic()
-        async with _load(columns, prompts, num_streams, max_tokens) as answers:
+        async with _load(columns, prompts, max(effort.streams), effort.max_tokens) as answers:
             made = []
-            for number in range(num_changes):
+            for way in itertools.islice(itertools.cycle(ways), effort.num_changes):
                 progress("changes of alpha")
                 await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE_S))
-                made.append(await make(ways[number % len(ways)]))
+                made.append(await operator.change(way))
             processes = []
             for _ in range(num_processes):
                 progress("changes by new processes")
-                processes.append(await make(ByProcess(fleet.store_url)))
+                processes.append(await operator.change(ByProcess(fleet.store_url)))
         load_s = time.monotonic() - started
-        committed = await _commit_times(store)
-    # Read at the end, so that reading is no part of what is counted.
-    changes, by_process = (
-        tuple(replace(each, committed_at=committed[each.revision]) for each in group)
-        for group in (made, processes)
-    )
+        # Read at the end, so that reading is no part of what is counted.
+        changes, by_process = [await _committed(store, each) for each in (made, processes)]
     errors = [each.record.error for each in answers if each.record.error]
     good = [each for each in answers if not each.record.error]
     return Toggle(
         changes=changes,
         processes=by_process,
-        num_streams=num_streams,
+        num_streams=max(effort.streams),
         load_s=load_s,
         num_answered=len(good),
         num_failed=len(errors),
         first_error=errors[0] if errors else "",
-        num_mixed=sum(is_mixed(each) for each in good),
-        num_behind=sum(is_behind(each, (*changes, *by_process)) for each in good),
+        num_mixed=sum(each.is_mixed for each in good),
+        num_behind=sum(each.is_behind((*changes, *by_process)) for each in good),
         store_costs=tuple(costs),
         admissions=admissions,
     )
@@ -195,15 +113,26 @@ def _explained() -> Iterator[None]:
         raise BenchError(f"the fleet does not answer: {type(error).__name__}") from error
 
 
-def is_mixed(asked: Asked) -> bool:
-    return len(asked.record.revisions) != 1 or None in asked.record.revisions
+@dataclass(frozen=True)
+class _Operator:
+    """Changes the tenant's alpha, to the next of `alphas` each time. watch: of each replica."""
+
+    watch: Sequence[httpx.AsyncClient]
+    alphas: Iterator[float]
+
+    async def change(self, way: Way) -> Change:
+        """Returns when it is in force on every replica; when it was committed is not known yet."""
+        sent = await way.change(next(self.alphas))
+        applied = await asyncio.gather(*(_applied(each, sent.revision) for each in self.watch))
+        return Change(way.name, sent.revision, sent.at, math.nan, tuple(applied))
 
 
-def is_behind(asked: Asked, changes: Sequence[Change]) -> bool:
-    """Whether an older revision than the newest that its replica had in force when it was sent."""
-    in_force = [c.revision for c in changes if c.applied_at[asked.replica] <= asked.sent_at]
-    newest = max(in_force, default=0)
-    return any(each is not None and each < newest for each in asked.record.revisions)
+async def _cost(fleet: Fleet, store: Store, operator: _Operator, num_more: int) -> StoreCost:
+    """Of changes when there are so many tenants more."""
+    await add_tenants(store, fleet.policy, num_more)
+    change = partial(operator.change, ByCommand(Control(store)))
+    await change()  # now everybody has taken up the tenants, too
+    return await store_cost(fleet.store_url, 1 + num_more, NUM_COUNTED, change)
 
 
 async def _ways(stack: AsyncExitStack, fleet: Fleet, store: Store) -> list[Way]:
@@ -278,11 +207,11 @@ async def _load(
         await asyncio.gather(*streams)
 
 
-async def _commit_times(store: Store) -> dict[int, float]:
-    """Revision to the store's moment of it."""
+async def _committed(store: Store, changes: Sequence[Change]) -> tuple[Change, ...]:
+    """The changes with the store's own moment of each."""
     times: dict[int, float] = {}
     before = None
     while page := await store.audit(_COMMITS_A_PAGE, before):
         times |= {record.revision: record.at for record in page}
         before = page[-1].revision
-    return times
+    return tuple(replace(each, committed_at=times[each.revision]) for each in changes)

@@ -1,32 +1,25 @@
 """`deshift bench`: our server's conditions and any other OpenAI-compatible servers, interleaved."""
 
-import asyncio
-import contextlib
-import os
 import secrets
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.bench import fleet, machine, report, scenarios, servers
-from server.bench.footprint import DTYPES, Footprint
-from server.bench.load import Column, Served
+from server.bench import report
+from server.bench.effort import Effort
+from server.bench.footprint import DTYPES
 from server.bench.prompts import NUM_CODES, Prompts
-from server.bench.scenarios import FLEETS, SCENARIOS, Effort, Outcome, Scenario
-from server.bench.servers import Checkpoint, Started
-from server.bench.target import BenchError, Target, resolved, variants
+from server.bench.run import run
+from server.bench.scenarios import SCENARIOS
+from server.bench.servers import Wanted
+from server.bench.target import BenchError
+from server.cli import server_options
+from server.cli.options import console, pairs
 from server.process import ChildError
 
-LONGEST_ANSWER_S = 600.0
 WIDTH = 160  # where no terminal says its own
 
 
@@ -139,9 +132,7 @@ def bench(
     baseline: Annotated[
         str | None, typer.Option(help="Column that ratios refer to; by default the first.")
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure here.")
-    ] = None,
+    json_path: server_options.JsonPath = None,
     logs: Annotated[Path, typer.Option(help="Directory for the logs of started servers.")] = Path(
         ".deshift/bench"
     ),
@@ -183,181 +174,60 @@ def bench(
     --scenario metrics: what /metrics exports as steering's overhead, read around each burst, beside
     what the chats took longer than the baseline's of the same round.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    chosen = _scenario(scenario)
-    numbers = _numbers(streams or ("8" if chosen in FLEETS else "1,4,16,32"))
+    if scenario not in SCENARIOS:
+        raise typer.BadParameter(f"--scenario {scenario!r} is not one of: {', '.join(SCENARIOS)}")
+    effort = Effort(
+        streams=_numbers(streams or ("8" if SCENARIOS[scenario].fleet else "1,4,16,32")),
+        rounds=rounds,
+        max_tokens=max_tokens,
+        warmup=warmup,
+        pause_s=pause,
+        arrivals=arrivals,
+        num_requests=requests,
+        num_changes=changes,
+    )
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}")
-    prompts = Prompts(_image(image), secrets.randbelow(NUM_CODES) if seed is None else seed)
-    try:
-        with contextlib.ExitStack() as started:
-            console.print(f"Preparing models and servers (their logs: {logs})")
-            checkpoint = servers.checkpoint(serve, demo, shape)
-            replicas = None
-            if chosen in FLEETS:
-                if plain_sample or transformers_serve or generate or url or steering:
-                    raise BenchError(f"--scenario {chosen} measures replicas and nothing else")
-                num_replicas, num_tenants = FLEETS[chosen]
-                replicas = fleet.start(
-                    started,
-                    checkpoint,
-                    num_replicas=num_replicas,
-                    num_tenants=num_tenants,
-                    settings=_pairs(setting),
-                    num_rows=max(numbers),
-                    logs=logs,
-                    dtype=dtype,
-                )
-                found = Started(list(replicas.targets), {})
-            else:
-                found = servers.start(
-                    started,
-                    checkpoint,
-                    plain_sample=plain_sample,
-                    transformers=transformers_serve,
-                    settings=_pairs(setting),
-                    num_rows=max(numbers) + (arrivals if chosen == "stalls" else 0),
-                    logs=logs,
-                    dtype=dtype,
-                )
-            named = [Target(name, at.rstrip("/").removesuffix("/v1")) for name, at in _pairs(url)]
-            targets = [*found.targets, *named]
-            targets = _configured(targets, dict(_pairs(model)), dict(_pairs(api_key)))
-            conditions = dict(_pairs(steering))
-            if checkpoint and checkpoint.conditions and replicas is None:
-                conditions.setdefault(servers.OURS, checkpoint.conditions)
-            targets = variants(targets, conditions)
-            local = _generate(checkpoint, dtype) if generate else []
-            names = [target.name for target in targets] + [column.name for column in local]
-            if not names:
-                raise BenchError("nothing to measure: give --serve, --demo, --shape or --url")
-            base = baseline or names[0]
-            if base not in names:
-                raise BenchError(f"--baseline {base} is none of: {', '.join(names)}")
-            effort = Effort(
-                numbers,
-                rounds,
-                warmup,
-                max_tokens,
-                requests,
-                base,
-                arrivals=arrivals,
-                pause_s=pause,
-                budgets=found.budgets,
-                fleet=replicas,
-                num_changes=changes,
-            )
-            before = machine.describe()
-            targets, outcome = asyncio.run(_run(console, chosen, targets, local, prompts, effort))
-            before["load_average_after"] = list(os.getloadavg())
-            footprints = {
-                target.name: footprint
-                for target in found.targets
-                if (footprint := Footprint.of(target.pid))
-            }
-    except (BenchError, ChildError) as error:
-        console.print(str(error), style="red", markup=False)
-        raise typer.Exit(1) from None
-    for table in outcome.tables:
-        console.print(table)
-    if footprints and chosen != "memory":
-        console.print(report.footprint_table(footprints))
-    how = f"{rounds} rounds after {warmup} of warm-up, {max_tokens} tokens each, "
-    rest = f"{pause:g} s of rest before each change of server, "
-    if chosen == "toggle":
-        how, rest = f"{max_tokens} tokens each, ", ""
-    size = f"picture {prompts.image.width} x {prompts.image.height}. "
-    console.print(
-        ("" if chosen == "memory" else how) + rest + size + machine.summary(before), markup=False
+    wanted = Wanted(
+        serve=serve,
+        demo=demo,
+        shape=shape,
+        dtype=dtype,
+        logs=logs,
+        settings=pairs(setting, "--setting"),
+        plain_sample=plain_sample,
+        transformers_serve=transformers_serve,
+        generate=generate,
+        urls=pairs(url, "--url"),
+        steering=dict(pairs(steering, "--steering")),
+        models=dict(pairs(model, "--model")),
+        api_keys=dict(pairs(api_key, "--api-key")),
     )
-    if json_path:
-        settings = {
-            "scenario": chosen,
-            "rounds": rounds,
-            "warmup": warmup,
-            "streams": numbers,
-            "max_tokens": max_tokens,
-            "requests": requests,
-            "changes": changes,
-            "arrivals": arrivals,
-            "pause_s": pause,
-            "seed": prompts.first,
-            "dtype": dtype,
-            "baseline": base,
-            "server": dict(_pairs(setting)),
-            "load_digest": prompts.digest,
-            "image_size": prompts.image.size,
-            "checkpoint": machine.checkpoint_digest(checkpoint.model) if checkpoint else None,
-        }
-        figures = outcome.figures | {
-            "footprints": {name: asdict(each) for name, each in footprints.items()}
-        }
-        json_path.write_text(report.as_json(figures, targets, before, settings))
-    if outcome.num_failed:
-        raise typer.Exit(1)
+    prompts = Prompts(_image(image), secrets.randbelow(NUM_CODES) if seed is None else seed)
+    _run(scenario, wanted, effort, prompts, baseline, json_path)
 
 
-def _generate(checkpoint: Checkpoint | None, dtype: str) -> list[Column]:
-    from server.bench.generate import Generated  # torch: seconds
-
-    if checkpoint is None:
-        raise BenchError("--generate needs a checkpoint: give --serve, --demo or --shape")
-    return [Generated(checkpoint.model, dtype)]
-
-
-async def _run(
-    console: Console,
-    scenario: Scenario,
-    targets: Sequence[Target],
-    local: Sequence[Column],
-    prompts: Prompts,
+def _run(
+    scenario: str,
+    wanted: Wanted,
     effort: Effort,
-) -> tuple[list[Target], Outcome]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    timeout = httpx.Timeout(LONGEST_ANSWER_S, connect=10.0)
-    async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
-        ready = [
-            await resolved(client, target, prompts.about_picture(NUM_CODES - 1 - index))
-            for index, target in enumerate(targets)
-        ]
-        columns: list[Column] = [*(Served(client, target) for target in ready), *local]
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task("", total=scenarios.num_steps(scenario, columns, effort))
-
-            def step(description: str) -> None:
-                progress.update(task, description=description, advance=1)
-
-            return ready, await scenarios.run(scenario, columns, prompts, effort, step)
-
-
-def _configured(
-    targets: Sequence[Target], models: dict[str, str], keys: dict[str, str]
-) -> list[Target]:
-    names = [target.name for target in targets]
-    for name in [*models, *keys]:
-        if name not in names:
-            raise BenchError(f"{name} is none of the servers: {', '.join(names)}")
-    if len(set(names)) < len(names):
-        raise BenchError(f"two servers have the same name: {', '.join(names)}")
-    return [
-        replace(t, model=models.get(t.name, t.model), api_key=keys.get(t.name, t.api_key))
-        for t in targets
-    ]
-
-
-def _pairs(values: Sequence[str] | None) -> list[tuple[str, str]]:
-    pairs = [value.partition("=") for value in values or ()]
-    for name, equals, value in pairs:
-        if not (name and equals and value):
-            raise typer.BadParameter(f"{name!r}: write NAME=VALUE")
-    return [(name, value) for name, _, value in pairs]
+    prompts: Prompts,
+    baseline: str | None,
+    json_path: Path | None,
+) -> None:
+    """Print and write what is found. Ends with 1 where that is nothing, or where a chat failed."""
+    screen = console(WIDTH)
+    screen.print(f"Preparing models and servers (their logs: {wanted.logs})")
+    try:
+        done = run(scenario, wanted, effort, prompts, screen, baseline=baseline)
+    except (BenchError, ChildError) as error:
+        screen.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    report.show(done, screen)
+    if json_path:
+        json_path.write_text(report.as_json(done))
+    if done.outcome.num_failed:
+        raise typer.Exit(1)
 
 
 def _numbers(text: str) -> list[int]:
@@ -368,13 +238,6 @@ def _numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise typer.BadParameter(f"--streams {text!r}: write for example 1,4,16")
     return numbers
-
-
-def _scenario(text: str) -> Scenario:
-    for scenario in SCENARIOS:
-        if scenario == text:
-            return scenario
-    raise typer.BadParameter(f"--scenario {text!r} is not one of: {', '.join(SCENARIOS)}")
 
 
 def _image(path: Path | None) -> Image.Image:

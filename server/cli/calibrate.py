@@ -2,19 +2,21 @@
 
 import asyncio
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from server.cli.calibrating import Connection, Wanted, report, search
-from server.cli.evaluate_options import Place, check_installed, pairs, started
+from server.cli import server_options
+from server.cli.calibrating import Wanted, report, search
+from server.cli.evaluate_options import Connection, Place, check_installed, resumable, started
 from server.cli.judging import key_from
+from server.cli.options import pairs
+from steering.errors import EvaluationError
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="The run's folder; made here.", metavar="RUN_DIR")],
+    out: server_options.Out,
     suite: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,43 +57,22 @@ def calibrate(
     confirm: Annotated[
         int, typer.Option(min=1, help="Further prompts of each suite to confirm with.")
     ] = 120,
-    url: Annotated[str | None, typer.Option(help="A running Deshift server.")] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Start a server on the demonstration model.")
-    ] = False,
-    serve: Annotated[
-        Path | None,
-        typer.Option(help="Start a server on a checkpoint.", exists=True, file_okay=False),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(help="A setting of the started server.", metavar="NAME=VALUE"),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Number format of a started server.")] = "bfloat16",
-    model: Annotated[
-        str | None, typer.Option(help="The model to ask for; by default the first listed.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(help="The environment variable that holds the API key.", metavar="NAME"),
-    ] = None,
-    photos: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of photographs for prompts without a picture; by default rendered ones.",
-            metavar="DIR",
-        ),
-    ] = None,
+    url: server_options.Url = None,
+    demo: server_options.Demo = False,
+    serve: server_options.Serve = None,
+    setting: server_options.Setting = None,
+    dtype: server_options.Dtype = "bfloat16",
+    model: server_options.Model = None,
+    api_key_env: server_options.ApiKeyEnv = None,
+    photos: server_options.Photos = None,
     tenant: Annotated[
         str,
         typer.Option(help="Whom the printed command is for; nothing is changed.", metavar="NAME"),
     ] = "default",
-    seed: Annotated[int, typer.Option(min=0, help="Of sample, pictures and server.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 16,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in RUN_DIR.")
-    ] = False,
+    seed: server_options.Seed = 1,
+    max_tokens: server_options.MaxTokens = 32,
+    concurrency: server_options.Concurrency = 16,
+    resume: server_options.Resume = False,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -100,9 +81,7 @@ def calibrate(
             "--num prompts of each suite, and write RUN_DIR/sweep.json.",
         ),
     ] = False,
-    logs: Annotated[Path, typer.Option(help="Directory for a started server's log.")] = Path(
-        ".deshift/calibrate"
-    ),
+    logs: server_options.Logs = Path(".deshift/calibrate"),
 ) -> None:
     """Find the strength, schedule and layers that leave the fewest unsafe answers within bounds.
 
@@ -127,8 +106,8 @@ def calibrate(
     from steering.evaluate.record import RunDir
 
     bounds = Bounds(max_harmless, max_utility_drop, max_degenerate, margin)
-    place = Place(url, demo, serve, tuple(pairs(setting, "--setting")), dtype, logs)
-    place.check()
+    settings = pairs(setting, "--setting", EvaluationError)
+    place = Place(url, demo, serve, tuple(settings), dtype, logs)
     api_key = key_from(api_key_env, "--api-key-env")
     ladder = known.parse_alphas(alphas) if alphas else known.LADDER
     named = known.parse_all(arms or (known.SWEEP if sweep else []), ladder)
@@ -140,12 +119,8 @@ def calibrate(
     base, sampling = (parse("base"),), Sampling(max_tokens, seed)
     evaluation = Evaluation(tuple(suites), base, pictures, sampling)
     with contextlib.ExitStack() as stack:
-        address, checkpoint = started(stack, place, evaluation, concurrency)
-        evaluation = replace(evaluation, checkpoint=checkpoint, setup=place.setup())
+        address, evaluation = started(stack, place, evaluation, concurrency)
         connection = Connection(address, api_key, model, concurrency)
-        try:
+        with resumable(out):
             found = asyncio.run(search(connection, evaluation, wanted, RunDir(out), resume))
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; what was answered is in {out}: go on with --resume", err=True)
-            raise typer.Exit(130) from None
     report(found, bounds, out, tenant)

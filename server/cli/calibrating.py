@@ -12,6 +12,7 @@ import typer
 from tqdm import tqdm
 
 from server.cli.display import cell, table
+from server.cli.evaluate_options import Connection
 from server.cli.options import console
 from server.demo.cases import MODEL_NAME
 from steering.errors import EvaluationError
@@ -38,14 +39,6 @@ class Wanted:
     items: "Items"
     specs: list[str]
     is_sweep: bool
-
-
-@dataclass(frozen=True)
-class Connection:
-    url: str
-    api_key: str | None
-    model: str | None
-    concurrency: int
 
 
 @dataclass(frozen=True)

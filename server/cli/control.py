@@ -31,6 +31,7 @@ ByOption = Annotated[
     str | None,
     typer.Option("--by", help="Who, for the audit; by default your login name.", metavar="NAME"),
 ]
+TenantArgument = Annotated[str, typer.Argument(help="The tenant's name.", metavar="TENANT")]
 RevisionOption = Annotated[
     int | None,
     typer.Option(

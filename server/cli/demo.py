@@ -13,6 +13,7 @@ import httpx
 import typer
 from rich.console import Console
 
+from server.cli.options import console
 from server.config import PREFIX
 from server.demo import cases, show
 from server.errors import ServerError
@@ -20,7 +21,6 @@ from server.process import ChildError, child_server, end_of_log, free_port, is_p
 from steering.errors import SteeringError
 
 HOST = "127.0.0.1"
-WIDTH = 120  # where no terminal says its own
 
 
 def demo(
@@ -31,7 +31,7 @@ def demo(
 
     The server is the real one, a child process; the table holds its answers to real requests.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    screen = console()
     signal.signal(signal.SIGTERM, _end)  # so that a killed demonstration ends its server too
     try:
         if not is_port_free(port, HOST):
@@ -39,39 +39,39 @@ def demo(
                 f"port {port} is taken: choose another, `make demo PORT={port + 1}` "
                 f"or `deshift demo --port {port + 1}`"
             )
-        _serve_and_show(console, port, once)
+        _serve_and_show(screen, port, once)
     except KeyboardInterrupt:
-        console.print("\nThe server has ended.")
+        screen.print("\nThe server has ended.")
     except (ChildError, ServerError, SteeringError, httpx.HTTPError) as error:
-        console.print(f"deshift demo: {error}", style="red", markup=False)
+        screen.print(f"deshift demo: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
 
 
-def _serve_and_show(console: Console, port: int, once: bool) -> None:
+def _serve_and_show(screen: Console, port: int, once: bool) -> None:
     from server.demo import setup  # torch: seconds
 
     cache = setup.cache_dir()
     url = f"http://{HOST}:{port}"
     log = cache / "demo-server.log"
     start = time.monotonic()
-    console.print(f"Building the demonstration model in {cache} (half a minute the first time)")
+    screen.print(f"Building the demonstration model in {cache} (half a minute the first time)")
     admin_port, admin_key = free_port(), secrets.token_urlsafe(18)
     operators = {
         f"{PREFIX}ADMIN_PORT": str(admin_port),
         f"{PREFIX}ADMIN_KEYS": f"demo:{admin_key}",
     }
     env = setup.environment({**setup.prepare(cache), **operators})
-    console.print(f"Starting the server (its log: {log})")
+    screen.print(f"Starting the server (its log: {log})")
     command = [sys.executable, "-m", "server.cli", "serve", "--host", HOST, "--port", str(port)]
     with child_server(command, ready_url=f"{url}/ready", log=log, env=env) as process:
-        console.print(f"Ready after {time.monotonic() - start:.0f} s; asking")
+        screen.print(f"Ready after {time.monotonic() - start:.0f} s; asking")
         every = cases.cases()
         with httpx.Client(base_url=url, timeout=120.0, trust_env=False) as client:
             rows = []
             for case in every:
-                with console.status(f"Asking: {case.title}"):  # seen on a terminal only
+                with screen.status(f"Asking: {case.title}"):  # seen on a terminal only
                     rows.append(cases.ask(client, case, cases.MODEL_NAME))
-        console.print(show.table(rows))
+        screen.print(show.table(rows))
         if once:
             return
         folder = _short(cache / "demo")

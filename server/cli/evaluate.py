@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
+from server.cli import server_options
 from server.cli.evaluate_options import (
+    Connection,
     Place,
     check_installed,
     evaluation_of,
-    pairs,
+    resumable,
     skips_of,
     started,
 )
@@ -28,6 +30,8 @@ from server.cli.judging import (
     judge_and_report,
     key_from,
 )
+from server.cli.options import pairs
+from steering.errors import EvaluationError
 
 if TYPE_CHECKING:  # what they import takes seconds
     from steering.evaluate.evaluation import Evaluation
@@ -36,7 +40,7 @@ if TYPE_CHECKING:  # what they import takes seconds
 
 
 def evaluate(
-    out: Annotated[Path, typer.Option(help="The run's folder; made here.", metavar="RUN_DIR")],
+    out: server_options.Out,
     suite: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,32 +69,13 @@ def evaluate(
     url: Annotated[
         str | None, typer.Option(help="A running server, of ours or any OpenAI-compatible one.")
     ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Start a server on the demonstration model.")
-    ] = False,
-    serve: Annotated[
-        Path | None,
-        typer.Option(help="Start a server on a checkpoint.", exists=True, file_okay=False),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(help="A setting of the started server.", metavar="NAME=VALUE"),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Number format of a started server.")] = "bfloat16",
-    model: Annotated[
-        str | None, typer.Option(help="The model to ask for; by default the first listed.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(help="The environment variable that holds the API key.", metavar="NAME"),
-    ] = None,
-    photos: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of photographs for prompts without a picture; by default rendered ones.",
-            metavar="DIR",
-        ),
-    ] = None,
+    demo: server_options.Demo = False,
+    serve: server_options.Serve = None,
+    setting: server_options.Setting = None,
+    dtype: server_options.Dtype = "bfloat16",
+    model: server_options.Model = None,
+    api_key_env: server_options.ApiKeyEnv = None,
+    photos: server_options.Photos = None,
     num: Annotated[int | None, typer.Option(min=1, help="Prompts of each suite.")] = 200,
     skip: Annotated[
         list[str] | None,
@@ -99,12 +84,10 @@ def evaluate(
             metavar="N|NAME=N",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of sample, pictures and server.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 16,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in RUN_DIR.")
-    ] = False,
+    seed: server_options.Seed = 1,
+    max_tokens: server_options.MaxTokens = 32,
+    concurrency: server_options.Concurrency = 16,
+    resume: server_options.Resume = False,
     judge_url: JudgeUrlOption = None,
     judge_model: JudgeModelOption = None,
     judge_key_env: JudgeKeyEnvOption = None,
@@ -112,9 +95,7 @@ def evaluate(
         bool,
         typer.Option("--only-judge", help="Ask no server; judge what RUN_DIR holds, and report."),
     ] = False,
-    logs: Annotated[Path, typer.Option(help="Directory for a started server's log.")] = Path(
-        ".deshift/eval"
-    ),
+    logs: server_options.Logs = Path(".deshift/eval"),
 ) -> None:
     """Ask a server every prompt of every suite in every condition, judge the answers, report.
 
@@ -132,8 +113,8 @@ def evaluate(
     if only_judge:
         judge_and_report(out, judge_url, judge_model, judge_key_env)
         return
-    place = Place(url, demo, serve, tuple(pairs(setting, "--setting")), dtype, logs)
-    place.check()
+    settings = pairs(setting, "--setting", EvaluationError)
+    place = Place(url, demo, serve, tuple(settings), dtype, logs)
     api_key = key_from(api_key_env, "--api-key-env")
     evaluation = evaluation_of(
         suite or [], condition or [], conditions_set, photos, num, skips_of(skip), seed, max_tokens
@@ -141,38 +122,35 @@ def evaluate(
     from steering.evaluate.record import RunDir
 
     folder = RunDir(out)
+    start = {
+        "suites": suite,
+        "photos": evaluation.photos.source,
+        "concurrency": concurrency,
+        "server": place.options(),
+    }
     with contextlib.ExitStack() as stack:
-        address, checkpoint = started(stack, place, evaluation, concurrency)
-        evaluation = replace(evaluation, checkpoint=checkpoint, setup=place.setup())
-        start = {"suites": suite, "photos": evaluation.photos.source, "concurrency": concurrency}
-        start["server"] = place.options()
-        try:
-            tally = asyncio.run(
-                _ask(address, api_key, model, evaluation, folder, start, resume, concurrency)
-            )
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; what was answered is in {out}: go on with --resume", err=True)
-            raise typer.Exit(130) from None
+        address, evaluation = started(stack, place, evaluation, concurrency)
+        connection = Connection(address, api_key, model, concurrency)
+        with resumable(out):
+            tally = asyncio.run(_ask(connection, evaluation, folder, start, resume))
     _say_errors(folder, tally)
     judge_and_report(out, judge_url, judge_model, judge_key_env)
 
 
 async def _ask(
-    address: str,
-    api_key: str | None,
-    model: str | None,
+    connection: Connection,
     evaluation: "Evaluation",
     folder: "RunDir",
     start: Mapping[str, Any],
     resume: bool,
-    concurrency: int,
 ) -> "Tally":
     from server.bench import machine
     from steering.evaluate.client import connect, http_client
     from steering.evaluate.run import Asker, for_server, run
 
-    async with http_client(address, api_key, concurrency) as client:
-        server = await connect(client, model)
+    concurrency = connection.concurrency
+    async with http_client(connection.url, connection.api_key, concurrency) as client:
+        server = await connect(client, connection.model)
         evaluation = replace(evaluation, conditions=for_server(evaluation.conditions, server))
         asker = Asker(client, server, evaluation.sampling)
         circumstances = {

@@ -1,12 +1,12 @@
-"""What `deshift eval` is asked for: its options -> an evaluation, and the server it is about."""
+"""What `deshift eval` and `deshift calibrate` are asked for, and the server that they ask."""
 
 import contextlib
 import hashlib
 import importlib.util
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,19 @@ _EXTRA = ("matplotlib", "scipy", "tenacity")
 
 
 @dataclass(frozen=True)
+class Connection:
+    url: str
+    api_key: str | None
+    model: str | None
+    concurrency: int
+
+
+@dataclass(frozen=True)
 class Place:
-    """Which server: a URL, or one that is started here with settings of its own."""
+    """Which server: a URL, or one that is started here with settings of its own.
+
+    Raises EvaluationError unless it is one.
+    """
 
     url: str | None
     demo: bool
@@ -33,7 +44,7 @@ class Place:
     dtype: str
     logs: Path
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if sum((self.url is not None, self.demo, self.serve is not None)) != 1:
             raise EvaluationError("which server? Give one of --url, --demo and --serve")
         if self.url is not None and self.settings:
@@ -92,30 +103,43 @@ def evaluation_of(
 
 def started(
     stack: contextlib.ExitStack, place: Place, evaluation: "Evaluation", concurrency: int
-) -> tuple[str, str | None]:
-    """The URL, and what a server that is started here serves. Raises ServerError."""
+) -> tuple[str, "Evaluation"]:
+    """The URL, and the evaluation of what a server that is started here serves.
+
+    Raises ServerError.
+    """
     if place.url is not None:
-        return place.url, None
+        return place.url, evaluation
     from server.bench import machine, servers
     from server.bench.target import BenchError
     from server.config import PREFIX
     from server.process import ChildError
 
+    env = {}
+    if all(condition.name != "served" for condition in evaluation.conditions):
+        # Every request says how it is to be steered, so that none needs a policy's vectors.
+        env[f"{PREFIX}STEERING_MODE"] = "off"
     try:
         checkpoint = servers.checkpoint(place.serve, place.demo, None)
         assert checkpoint is not None
-        env = {f"{PREFIX}MAX_ROWS": str(concurrency)}
-        if all(condition.name != "served" for condition in evaluation.conditions):
-            # Every request says how it is to be steered, so that none needs a policy's vectors.
-            env[f"{PREFIX}STEERING_MODE"] = "off"
-        env |= checkpoint.env
-        env |= {f"{PREFIX}{name.upper()}": value for name, value in place.settings}
+        env |= checkpoint.environment(concurrency, place.settings)
         typer.echo(f"Starting the server (its log: {place.logs / _SERVED}.log)", err=True)
         served = servers.deshift_serve(_SERVED, checkpoint.model, place.logs, place.dtype, env)
         target = stack.enter_context(served)
     except (BenchError, ChildError) as error:
         raise ServerError(str(error)) from None
-    return target.url, machine.checkpoint_digest(checkpoint.model)
+    digest = machine.checkpoint_digest(checkpoint.model)
+    return target.url, replace(evaluation, checkpoint=digest, setup=place.setup())
+
+
+@contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """While a server is asked: whoever stops it hears how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what was answered is in {out}: go on with --resume", err=True)
+        raise typer.Exit(130) from None
 
 
 def check_installed() -> None:
@@ -134,12 +158,3 @@ def skips_of(values: Sequence[str] | None) -> dict[str, int]:
             raise EvaluationError(f"--skip {value!r}: write N or NAME=N")
         found[name] = int(number)
     return found
-
-
-def pairs(values: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
-    """NAME=VALUE, several times. Raises EvaluationError."""
-    parts = [value.partition("=") for value in values or ()]
-    for name, equals, value in parts:
-        if not (name and equals and value):
-            raise EvaluationError(f"{option} {name!r}: write NAME=VALUE")
-    return [(name, value) for name, _, value in parts]

@@ -8,6 +8,7 @@ import typer
 from server.cli.options import JsonOption, StoreOption, print_json, settings_with, with_store
 from server.control import activate as point_alias
 from steering.stores import Store, without_credentials
+from steering.vectors import ShiftVectors
 
 BY = "deshift extract"
 
@@ -85,19 +86,19 @@ def extract(
         output.parent.mkdir(parents=True, exist_ok=True)
         vectors.save(output)
     names = [name for name in (alias, settings.vector_alias if activate else None) if name]
-
-    async def keep(store: Store) -> None:
-        await store.put_vectors(vectors.to_bytes())
-        for name in names:
-            await point_alias(store, name, vectors.id, by=BY, reason="a new vector set was made")
-
-    with_store(settings.store_url, keep)
+    with_store(settings.store_url, lambda store: _keep(store, vectors, names))
     if as_json:
         print_json({"id": vectors.id, "aliases": names, "manifest": vectors.manifest.as_dict()})
         return
     typer.echo(f"vector set {vectors.id} is in {without_credentials(settings.store_url)}")
     for name in names:
         typer.echo(f"alias {name} points to it")
+
+
+async def _keep(store: Store, vectors: ShiftVectors, aliases: list[str]) -> None:
+    await store.put_vectors(vectors.to_bytes())
+    for alias in aliases:
+        await point_alias(store, alias, vectors.id, by=BY, reason="a new vector set was made")
 
 
 def _size(text: str) -> tuple[int, int]:

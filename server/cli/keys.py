@@ -15,6 +15,7 @@ from server.cli.control import (
     ByOption,
     ReasonOption,
     RevisionOption,
+    TenantArgument,
     author,
     duration,
     operate,
@@ -26,7 +27,6 @@ from server.documents import KeyRecord
 
 keys = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 
-TenantArgument = Annotated[str, typer.Argument(help="The tenant's name.", metavar="TENANT")]
 KeyArgument = Annotated[str, typer.Argument(help="The key's name.", metavar="KEY_ID")]
 
 

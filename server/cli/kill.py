@@ -5,13 +5,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.control import (
-    AdminStoreOption,
-    ByOption,
-    RevisionOption,
-    author,
-    operate,
-)
+from server.cli.control import AdminStoreOption, ByOption, RevisionOption, author, operate
 from server.cli.display import cell
 from server.cli.options import JsonOption, console, print_json
 from server.cli.remote_kill import admin_key, checked_urls, set_on_replicas
@@ -120,12 +114,8 @@ def _set_on_replicas(
         )
     else:
         for url, problem in problems.items():
-            line = (
-                f"{url}: kill switch {action}, on this replica"
-                if problem is None
-                else (f"{url}: NOT DONE: {problem}")
-            )
-            console().print(cell(line, "" if problem is None else "bold red"))
+            said = f"NOT DONE: {problem}" if problem else f"kill switch {action}, on this replica"
+            console().print(cell(f"{url}: {said}", "bold red" if problem else ""))
         console().print(MEANING[action])
-    if any(problem is not None for problem in problems.values()):
+    if any(problems.values()):
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ import getpass
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -36,6 +36,17 @@ def settings_with(options: Mapping[str, Any]) -> Settings:
     return Settings.from_env(os.environ, given)
 
 
+def pairs(
+    values: Sequence[str] | None, option: str, error: type[Exception] = typer.BadParameter
+) -> list[tuple[str, str]]:
+    """NAME=VALUE, several times. Raises `error`."""
+    parts = [value.partition("=") for value in values or ()]
+    for name, equals, value in parts:
+        if not (name and equals and value):
+            raise error(f"{option} {name!r}: write NAME=VALUE")
+    return [(name, value) for name, _, value in parts]
+
+
 def with_store(url: str, work: Callable[[Store], Awaitable[T]]) -> T:
     """Do something with a store, in an event loop of its own, and close it."""
 
@@ -54,9 +65,9 @@ def operator_name() -> str:
         return f"uid {os.getuid()}"
 
 
-def console() -> Console:
+def console(width: int = _WIDTH_WITHOUT_TERMINAL) -> Console:
     """For tables: as wide as the terminal, and wide enough for an id where there is none."""
-    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def print_json(value: Any) -> None:

@@ -13,6 +13,7 @@ from server.cli.control import (
     ByOption,
     ReasonOption,
     RevisionOption,
+    TenantArgument,
     author,
     duration,
     operate,
@@ -27,8 +28,6 @@ from server.errors import InvalidRequestError, NoSuchTenantError
 _PAGE = 50  # commits that are looked through at a time
 
 policy = typer.Typer(no_args_is_help=True, help="Policies of tenants.")
-
-TenantArgument = Annotated[str, typer.Argument(help="The tenant's name.", metavar="TENANT")]
 
 
 @policy.command()

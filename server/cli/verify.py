@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from server.cli.options import console
+from server.cli import server_options
+from server.cli.options import console, pairs
 from server.errors import ConfigError
 
 if TYPE_CHECKING:  # what they import takes seconds
@@ -23,7 +24,7 @@ ROUNDS_OF_AN_INTERVAL = 6  # of 95 %
 
 
 def verify(
-    url: Annotated[str | None, typer.Option(help="A running Deshift server.")] = None,
+    url: server_options.Url = None,
     serve: Annotated[
         Path | None,
         typer.Option(
@@ -36,20 +37,12 @@ def verify(
     demo: Annotated[
         bool, typer.Option("--demo", help="The same with the demonstration model.")
     ] = False,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(help="A setting of the started server.", metavar="NAME=VALUE"),
-    ] = None,
+    setting: server_options.Setting = None,
     dtype: Annotated[
         str, typer.Option(help="Number format of a started server; of a running one, if known.")
     ] = "auto",
-    model: Annotated[
-        str | None, typer.Option(help="The model to ask for; by default the first listed.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(help="The environment variable that holds the API key.", metavar="NAME"),
-    ] = None,
+    model: server_options.Model = None,
+    api_key_env: server_options.ApiKeyEnv = None,
     admin_url: Annotated[
         str | None, typer.Option(help="The server's admin listener, for its counters.")
     ] = None,
@@ -73,12 +66,8 @@ def verify(
             metavar="SHARE",
         ),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write every figure here.")
-    ] = None,
-    logs: Annotated[Path, typer.Option(help="Directory for a started server's log.")] = Path(
-        ".deshift/verify"
-    ),
+    json_path: server_options.JsonPath = None,
+    logs: server_options.Logs = Path(".deshift/verify"),
 ) -> None:
     """Check that steering does what the server says, and end with 0 only if nothing failed.
 
@@ -110,10 +99,9 @@ def verify(
             key = _key(api_key_env)
             site = running(url, key, admin_url, max_relative_dose, dtype)
         else:
-            site = run.started(stack, serve, _pairs(setting), dtype, logs)
+            site = run.started(stack, serve, pairs(setting, "--setting"), dtype, logs)
         findings = asyncio.run(run.of_server(site))
-    run.checks += findings.checks
-    run.show(findings.checks, f"The server at {site.url}, over HTTP")
+    run.checked(findings.checks, f"The server at {site.url}, over HTTP")
     for drawn in findings.tables:
         screen.print(drawn)
     run.finish(json_path, site, findings)
@@ -144,8 +132,7 @@ class _Run:
         with self._progress() as progress:
             directory = Directory(serve, settings, dtype)
             checks, to_serve = in_process(directory, progress)
-            self.checks += checks
-        self.show(checks, "The model with its vectors, in this process")
+        self.checked(checks, "The model with its vectors, in this process")
         self.screen.print(f"Starting the server (its log: {logs}/verify.log)", markup=False)
         return start(stack, to_serve, logs)
 
@@ -162,9 +149,10 @@ class _Run:
                 progress=progress,
             )
 
-    def show(self, checks: "list[Check]", title: str) -> None:
+    def checked(self, checks: "list[Check]", title: str) -> None:
         from server.verify.report import table
 
+        self.checks += checks
         self.screen.print(table(checks, title))
 
     def finish(self, json_path: Path | None, site: "Site", findings: "Findings") -> None:
@@ -202,11 +190,3 @@ def _key(variable: str | None) -> str:
     if not key:
         raise ConfigError(f"--api-key-env: the environment has no {variable}")
     return key
-
-
-def _pairs(values: list[str] | None) -> list[tuple[str, str]]:
-    parts = [value.partition("=") for value in values or ()]
-    for name, equals, value in parts:
-        if not (name and equals and value):
-            raise typer.BadParameter(f"--setting {name!r}: write NAME=VALUE")
-    return [(name, value) for name, _, value in parts]

@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from server.bench import load, report, summary
+from server.bench import load, summary, throughput
+from server.bench.effort import Effort
 from server.bench.load import Served
 from server.bench.prompts import NUM_CODES, Prompts
 from server.bench.summary import Comparison, Interval
@@ -43,15 +44,8 @@ async def measure(
         Served(client, await resolved(client, each, prompts.about_picture(NUM_CODES - 1 - number)))
         for number, each in enumerate(variants([target], {target.name: conditions}))
     ]
-    bursts = await load.measure(
-        columns,
-        prompts,
-        streams=[1],
-        rounds=rounds,
-        max_tokens=MAX_TOKENS,
-        pause_s=0.0,
-        progress=progress,
-    )
+    effort = Effort(streams=[1], rounds=rounds, max_tokens=MAX_TOKENS)
+    bursts = await load.measure(columns, prompts, effort, progress)
     if failed := next((r.error for burst in bursts for r in burst.records if r.error), None):
         raise BenchError(failed)
     base = columns[0].name
@@ -60,8 +54,8 @@ async def measure(
     }
     dataset = compared[f"{target.name} dataset"]
     return Overhead(
-        report.throughput_tables(bursts, base, MAX_TOKENS),
-        report.throughput_json(bursts, base),
+        throughput.tables_of(bursts, base, MAX_TOKENS),
+        throughput.figures_of(bursts, base),
         dataset.time_to_first_token,
         dataset.step,
     )

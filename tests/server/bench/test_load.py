@@ -10,6 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from server.bench.effort import Effort
 from server.bench.load import Burst, Served, in_turn, measure, steady_gaps
 from server.bench.prompts import Message, Prompts
 from server.bench.stream import StreamRecord
@@ -33,14 +34,8 @@ def run_measure(targets: Sequence[Target], streams: list[int], rounds: int) -> l
         async with httpx.AsyncClient() as client:
             ready = [await resolved(client, t, PROMPTS.about_picture(-1)) for t in targets]
             columns = [Served(client, target) for target in ready]
-            return await measure(
-                columns,
-                PROMPTS,
-                streams=streams,
-                rounds=rounds,
-                max_tokens=MAX_TOKENS,
-                pause_s=0,
-            )
+            effort = Effort(streams=streams, rounds=rounds, max_tokens=MAX_TOKENS)
+            return await measure(columns, PROMPTS, effort)
 
     return asyncio.run(go())
 
@@ -146,7 +141,11 @@ def test_there_is_a_pause_before_another_process_and_none_between_its_own_condit
     columns = [Quick("a off", "a", asked), Quick("a on", "a", asked), Quick("b", "b", asked)]
     start = time.perf_counter()
     asyncio.run(
-        measure(columns, PROMPTS, streams=[1], rounds=2, max_tokens=2, warmup=0, pause_s=0.4)
+        measure(
+            columns,
+            PROMPTS,
+            Effort(streams=[1], rounds=2, max_tokens=2, warmup=0, pause_s=0.4),
+        )
     )
     assert [process for _, process in asked] == ["a", "a", "b", "b", "a", "a"]
     times = [start, *(moment for moment, _ in asked)]

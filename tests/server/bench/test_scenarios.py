@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from server.bench import second_turn, soak, stalls
+from server.bench.effort import Effort
 from server.bench.footprint import Budget, Footprint
 from server.bench.load import Served
 from server.bench.prompts import Prompts
@@ -39,19 +40,13 @@ def with_column(
 
 def run_stalls(script: Script, arrivals_at_once: int = 1) -> stalls.Stalls:
     steps: list[str] = []
-    [result] = with_column(
-        script,
-        lambda columns: stalls.run(
-            columns,
-            PROMPTS,
-            streams=[2],
-            rounds=1,
-            max_tokens=30,
-            arrivals_at_once=arrivals_at_once,
-            pause_s=0,
-            progress=steps.append,
-        ),
-    )
+    effort = Effort(streams=[2], max_tokens=30, arrivals=arrivals_at_once)
+
+    async def scenario(columns: list[Served]) -> list[stalls.Stalls]:
+        assert stalls.num_steps(columns, effort) == 4
+        return await stalls.measure(columns, PROMPTS, effort, steps.append)
+
+    [result] = with_column(script, scenario)
     assert len(steps) == 4  # a round of warm-up and one that counts, each without and with
     return result
 
@@ -95,8 +90,8 @@ def test_a_second_turn_repeats_the_picture_and_the_answer() -> None:
     script = Script(prefill_s=1e-3)
     [result] = with_column(
         script,
-        lambda columns: second_turn.run(
-            columns, PROMPTS, rounds=3, max_tokens=5, pause_s=0, progress=lambda _: None
+        lambda columns: second_turn.measure(
+            columns, PROMPTS, Effort(streams=[1], rounds=3, max_tokens=5), lambda _: None
         ),
     )
     first, second = script.bodies[0]["messages"], script.bodies[1]["messages"]
@@ -114,14 +109,11 @@ def test_the_memory_of_a_process_is_read_while_requests_come_and_go() -> None:
     budget = Budget(10**6, 2 * 10**6, 10**6)
     [result] = with_column(
         script,
-        lambda columns: soak.run(
+        lambda columns: soak.measure(
             columns,
             PROMPTS,
-            num_requests=60,
-            num_streams=12,
-            budgets={os.getpid(): budget},
-            pause_s=0,
-            progress=lambda _: None,
+            Effort(streams=[12], num_requests=60, budgets={os.getpid(): budget}),
+            lambda _: None,
         ),
         pid=os.getpid(),
         max_choices=8,
@@ -147,14 +139,11 @@ def test_no_request_asks_for_more_choices_than_the_server_takes(max_choices: int
     script = Script()
     [result] = with_column(
         script,
-        lambda columns: soak.run(
+        lambda columns: soak.measure(
             columns,
             PROMPTS,
-            num_requests=60,
-            num_streams=12,
-            budgets={},
-            pause_s=0,
-            progress=lambda _: None,
+            Effort(streams=[12], num_requests=60),
+            lambda _: None,
         ),
         pid=os.getpid(),
         max_choices=max_choices,
@@ -167,14 +156,11 @@ def test_a_process_that_has_ended_is_an_error() -> None:
     with pytest.raises(BenchError, match="has ended"):
         with_column(
             Script(),
-            lambda columns: soak.run(
+            lambda columns: soak.measure(
                 columns,
                 PROMPTS,
-                num_requests=1,
-                num_streams=1,
-                budgets={},
-                pause_s=0,
-                progress=lambda _: None,
+                Effort(streams=[1]),
+                lambda _: None,
             ),
             pid=2**22 + 1,  # over the largest process id
         )

@@ -13,11 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from server.bench import scrapes
+from server.bench.effort import Effort
 from server.bench.fleet import Fleet
 from server.bench.load import Served
 from server.bench.prompts import Prompts
-from server.bench.report import scrapes_tables
-from server.bench.scrapes import Scrapes
+from server.bench.scrapes import Scrapes, tables_of
 from server.bench.summary import Interval, Spread
 from server.bench.target import BenchError
 from server.cli.bench import bench
@@ -41,15 +41,12 @@ def slowly(request: EngineRequest) -> Iterator[Step]:
 
 async def measured(found: Fleet, steps: list[str]) -> Scrapes:
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
-        return await scrapes.run(
+        return await scrapes.measure(
             found,
             Served(client, found.targets[0]),
             Prompts(Image.new("RGB", (48, 32), "teal")),
-            num_streams=2,
-            rounds=2,
-            max_tokens=6,
-            warmup=1,
-            progress=steps.append,
+            Effort(streams=[2], rounds=2, max_tokens=6),
+            steps.append,
         )
 
 
@@ -105,7 +102,7 @@ def test_the_tables_hold_what_was_measured() -> None:
         num_failed=0,
         first_error="",
     )
-    tables = scrapes_tables(result)
+    tables = tables_of(result)
     rows = [list(zip(*(column.cells for column in table.columns), strict=True)) for table in tables]
     assert rows == [
         [("200", "14045", "1600", "31.6", "16.0 (14.0-19.0) / 25.0", "-")],

@@ -12,14 +12,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from server.bench import admission, fleet, toggle
+from server.bench.effort import Effort
 from server.bench.fleet import Fleet
 from server.bench.load import Served
 from server.bench.prompts import Prompts
-from server.bench.report import toggle_json, toggle_tables
 from server.bench.store_cost import StoreCost
 from server.bench.stream import StreamRecord
 from server.bench.target import BenchError
-from server.bench.toggle import Asked, Change, Latency, Toggle
+from server.bench.toggle_figures import Asked, Change, Latency, Toggle, figures_of, tables_of
 from server.bench.ways import form_fields
 from server.cli.bench import bench
 from server.process import free_port
@@ -50,10 +50,10 @@ def test_the_99th_percentile_of_200_leaves_out_two() -> None:
 
 
 def test_an_answer_of_two_revisions_or_of_none_is_mixed() -> None:
-    assert not toggle.is_mixed(asked(0, 1.0, 7))
-    assert toggle.is_mixed(asked(0, 1.0, 7, 8))
-    assert toggle.is_mixed(asked(0, 1.0, 7, None))
-    assert toggle.is_mixed(asked(0, 1.0))
+    assert not asked(0, 1.0, 7).is_mixed
+    assert asked(0, 1.0, 7, 8).is_mixed
+    assert asked(0, 1.0, 7, None).is_mixed
+    assert asked(0, 1.0).is_mixed
 
 
 def test_an_answer_is_behind_only_what_its_own_replica_had_in_force() -> None:
@@ -61,10 +61,10 @@ def test_an_answer_is_behind_only_what_its_own_replica_had_in_force() -> None:
         change(7, sent=0.0, committed=0.0, applied=(1.0, 3.0)),
         change(8, sent=4.0, committed=4.0, applied=(5.0, 6.0)),
     ]
-    assert toggle.is_behind(asked(0, 2.0, 6), changes)
-    assert not toggle.is_behind(asked(1, 2.0, 6), changes)
-    assert not toggle.is_behind(asked(0, 4.5, 8), changes)  # admitted after it was sent
-    assert toggle.is_behind(asked(1, 6.5, 7), changes)
+    assert asked(0, 2.0, 6).is_behind(changes)
+    assert not asked(1, 2.0, 6).is_behind(changes)
+    assert not asked(0, 4.5, 8).is_behind(changes)  # admitted after it was sent
+    assert asked(1, 6.5, 7).is_behind(changes)
 
 
 def test_a_form_is_sent_back_as_a_browser_would() -> None:
@@ -106,7 +106,7 @@ def test_the_tables_hold_what_was_measured() -> None:
         store_costs=(StoreCost(2, 20, 12.5, 2345.6),),
         admissions=(there,),
     )
-    tables = toggle_tables(result)
+    tables = tables_of(result)
     rows = [list(zip(*(column.cells for column in table.columns), strict=True)) for table in tables]
     assert rows[0] == [
         ("1", "API", "30.0 / 30.0 / 30.0", "20.0 / 20.0 / 20.0"),
@@ -116,23 +116,21 @@ def test_the_tables_hold_what_was_measured() -> None:
     ]
     assert rows[1] == [("8", "61", "90", "3: 503: no room", "2", "1")]
     assert rows[2][0][0] == "2" and rows[2][0][3:] == ("12.5", "2346")
-    figures = toggle_json(result)["toggle"]
+    figures = figures_of(result)
     assert figures["in_force"]["all"]["from_sent_s"]["maximum"] == pytest.approx(0.04)
     assert len(figures["changes"]) == 2 and json.dumps(figures)
 
 
 async def measured(found: Fleet, num_processes: int = 1) -> Toggle:
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
-        return await toggle.run(
+        return await toggle.measure(
             found,
             [Served(client, target) for target in found.targets],
             Prompts(Image.new("RGB", (48, 32), "teal")),
-            num_changes=6,
-            num_streams=2,
-            max_tokens=8,
+            Effort(streams=[2], max_tokens=8, num_changes=6),
+            lambda _: None,
             num_tenants=10,
             num_processes=num_processes,
-            progress=lambda _: None,
         )
 
 
