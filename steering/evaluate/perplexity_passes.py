@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from steering.errors import EvaluationError
 from steering.evaluate.conditions import PictureUse
@@ -27,17 +26,21 @@ from steering.extract import prompt_inputs
 from steering.models import LoadedModel
 
 _MAX_ROWS = 16
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 _MAX_LOGITS = 2**25  # of one pass: 134 MB in float32
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that has run. cache: its keys and values. logits (V,): of the token after it, whose
-    position is next_position; pictures may make that another one than the number of tokens."""
+    """A prompt that has run but for its last token, after which the answer's first is scored.
+
+    cache: keys and values. position: of the last token; pictures may make that another one than
+    its place among the tokens.
+    """
 
     cache: Any
-    logits: Tensor
-    next_position: int
+    last_token: int
+    position: int
 
 
 def measure_perplexity(
@@ -126,47 +129,44 @@ class Scorer:
         prompt = self._run(text, image)
         tokens = {answer: self.token_ids(answer) for answer in answers}
         found: dict[str, float] = {}
-        for batch in _batches(tokens, prompt.logits.shape[-1]):
+        for batch in _batches(tokens, self._model.get_output_embeddings().weight.shape[0]):
             rows = [tokens[answer] for answer in batch]
             found.update(zip(batch, self._after(prompt, rows), strict=True))
         return found
 
     def _run(self, text: str, image: Image.Image | None) -> Prompt:
         inputs = prompt_inputs(self._model, self._processor, [text], image)
-        num_tokens = inputs["input_ids"].shape[1]
-        positions = torch.arange(num_tokens, device=self._model.device)[None]
-        shift = 0
-        has_own_positions = "image_grid_thw" in inputs  # M-RoPE: the model makes them
-        if not has_own_positions:
-            inputs["position_ids"] = positions
-        output = self._model(**inputs, use_cache=True, logits_to_keep=1)
-        if has_own_positions:
-            shift = int(self._model.base_model.rope_deltas)
-        return Prompt(output.past_key_values, output.logits[0, -1], num_tokens + shift)
+        place = inputs["input_ids"].shape[1] - 1
+        last_token = int(inputs["input_ids"][0, -1])
+        for name in inputs.keys() & _OF_TOKENS:
+            inputs[name] = inputs[name][:, :-1]
+        makes_positions = "image_grid_thw" in inputs  # M-RoPE: fewer than a picture has tokens
+        if not makes_positions:
+            inputs["position_ids"] = torch.arange(place, device=self._model.device)[None]
+        cache = self._model.base_model(**inputs, use_cache=True).past_key_values
+        jump = int(self._model.base_model.rope_deltas) if makes_positions else 0
+        return Prompt(cache, last_token, place + jump)
 
     def _after(self, prompt: Prompt, rows: Sequence[list[int]]) -> list[float]:
         """Padded on the right, where causal attention keeps it from every token that counts."""
-        num, longest = len(rows), max(map(len, rows))
-        targets = torch.full((num, longest), -100)
+        targets = torch.full((len(rows), max(map(len, rows))), -1)
         for place, row in enumerate(rows):
             targets[place, : len(row)] = torch.tensor(row)
-        targets = targets.to(prompt.logits.device)
-        logits = prompt.logits.expand(num, 1, -1)
-        if longest > 1:
-            cache = copy.deepcopy(prompt.cache)
-            cache.batch_repeat_interleave(num)
-            positions = torch.arange(longest - 1, device=targets.device) + prompt.next_position
-            output = self._model(
-                input_ids=targets[:, :-1].clamp_min(0),
-                past_key_values=cache,
-                position_ids=positions.expand(num, -1),
-            )
-            logits = torch.cat([logits, output.logits], dim=1)  # (num, longest, V)
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
-        )  # 0 where padded
-        lengths = (targets >= 0).sum(dim=1)
-        return list((losses.sum(dim=1) / lengths).tolist())
+        targets = targets.to(self._model.device)
+        counts = targets >= 0
+        inputs = targets.clamp_min(0).roll(1, dims=1)
+        inputs[:, 0] = prompt.last_token
+        cache = copy.deepcopy(prompt.cache)
+        cache.batch_repeat_interleave(len(rows))
+        positions = prompt.position + torch.arange(targets.shape[1], device=targets.device)
+        output = self._model(
+            input_ids=inputs, past_key_values=cache, position_ids=positions.expand(len(rows), -1)
+        )
+        losses = torch.zeros(targets.shape, device=targets.device)
+        losses[counts] = torch.nn.functional.cross_entropy(
+            output.logits[counts].float(), targets[counts], reduction="none"
+        )
+        return list((losses.sum(dim=1) / counts.sum(dim=1)).tolist())
 
 
 def _batches(tokens: Mapping[str, Sequence[int]], vocabulary: int) -> Iterator[list[str]]:
