@@ -103,7 +103,8 @@ def evaluate(
     options, and asks again what had ended in an error. What the server did is read from each
     answer: one that was not steered as its condition says counts as an error, not as an answer.
     RUN_DIR holds run.json (all settings), items.jsonl (the prompts), answers.jsonl, judged.jsonl,
-    judges.json, report.json and report.html (`deshift report` adds hidden states to these).
+    judges.json, report.json and report.html (`deshift report` adds hidden states and
+    perplexity to these).
 
     The same seed gives the same prompts, and a larger --num the same ones first. Answers are
     greedy.
