@@ -3,11 +3,14 @@
 Does not cover sockets (server/serve.py) nor what a change does (server/control.py).
 """
 
+from functools import cache
+
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
 
 from server.admin.auth import AdminAuth
 from server.admin.guards import OperatorsOnly, SecurityHeaders
@@ -68,23 +71,12 @@ def create_admin_app(services: Services) -> FastAPI:
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
         redirect_slashes=False,
+        routes=list(_routes()),
     )
     app.state.services = services
     app.state.auth = AdminAuth.from_settings(services.settings)
     app.state.shelf = VectorShelf(services.control)
     app.state.preview = PreviewDesk(services)
-    api = APIRouter(
-        prefix=API,
-        responses={
-            code: {"model": Problem, "description": text} for code, text in _PROBLEMS.items()
-        },
-    )
-    for module in (tenants, in_force, keys, vectors, kill, audit, replicas, store, preview):
-        api.include_router(module.router)
-    app.include_router(api)
-    for module in (status, metrics):
-        app.include_router(module.router, include_in_schema=False)
-    app.include_router(console)
     for kind in (*_ERRORS, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(  # innermost
@@ -101,6 +93,26 @@ def create_admin_app(services: Services) -> FastAPI:
     )
     app.add_middleware(SecurityHeaders)
     return app
+
+
+@cache
+def _routes() -> tuple[BaseRoute, ...]:
+    """The same for every application, and made once a process: with all the answers that each of
+    them documents they take FastAPI 60 ms."""
+    api = APIRouter(
+        prefix=API,
+        responses={
+            code: {"model": Problem, "description": text} for code, text in _PROBLEMS.items()
+        },
+    )
+    for module in (tenants, in_force, keys, vectors, kill, audit, replicas, store, preview):
+        api.include_router(module.router)
+    every = APIRouter()
+    every.include_router(api)
+    for module in (status, metrics):
+        every.include_router(module.router, include_in_schema=False)
+    every.include_router(console)
+    return tuple(every.routes)
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
