@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The torch build; elsewhere e.g. a local wheel. Its version is pinned with all the others.
 TORCH ?= torch
+# How many processes the tests are shared out to, file by file; 0: none but the one that you see.
+JOBS ?= 2
 
 .PHONY: demo test check format setup clean
 
@@ -16,7 +18,7 @@ demo: setup
 	@DESHIFT_CACHE=$${DESHIFT_CACHE:-.deshift} $(BIN)/deshift demo --port $(PORT) $(if $(ONCE),--once)
 
 test: setup
-	$(BIN)/pytest $(if $(FAST),-m "not slow") $(ARGS)
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile $(if $(FAST),-m "not slow") $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

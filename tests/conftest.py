@@ -6,9 +6,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.redis_server import RedisServer
 from tests.tiny_models import BUILDERS, TinyModel, build_tiny_unlisted
+
+# Tiny models are no faster with several threads, and files of tests run beside each other.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,8 @@ from tests.sites import (
 )
 from tests.tiny_models import build_tiny_llava
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

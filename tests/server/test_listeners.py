@@ -112,6 +112,7 @@ def test_a_header_does_not_choose_the_address_whose_wrong_keys_are_counted(
     assert [each.status_code for each in answers] == [401] * 10 + [429]
 
 
+@pytest.mark.slow
 def test_operators_are_answered_while_clients_drain_and_then_both_end(
     server_process: ServerProcess,
 ) -> None:
@@ -138,6 +139,7 @@ def test_operators_are_answered_while_clients_drain_and_then_both_end(
             httpx.get(url + "/health")
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_both_at_once(server_process: ServerProcess) -> None:
     admin = httpx.URL(server_process.admin_url)
     with socket.create_connection((admin.host, admin.port)) as slow:  # a body that never comes

@@ -4,7 +4,7 @@ import copy
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -243,6 +243,34 @@ def start_engine() -> Iterator[Callable[..., EngineUnderTest]]:
         engine.drain(0)
 
 
+@pytest.fixture(scope="module")
+def shared_engine() -> Iterator[Callable[..., EngineUnderTest]]:
+    """As `start_engine`, but one engine for each model and configuration of a whole file.
+
+    For tests that change nothing about it, which takes as long to start as to ask. Its model is
+    always a copy, and its caches are empty each time.
+    """
+    engines: dict[Hashable, EngineUnderTest] = {}
+
+    def share(tiny: TinyModel, **config: Any) -> EngineUnderTest:
+        key = (id(tiny.model), *sorted(config.items()))
+        if key not in engines:
+            sizes = {"max_model_len": 256, "max_rows": 8} | config
+            own = replace(loaded(tiny), model=copy.deepcopy(tiny.model))
+            engines[key] = EngineUnderTest(tiny, EmbeddedEngine(own, EngineConfig(**sizes)))
+            engines[key].engine.start()
+        under_test = engines[key]
+        assert under_test.engine.status().state == "ready", "a test before this one has broken it"
+        wait_until(lambda: under_test.stepper.is_idle)
+        under_test.stepper.runner.prefix.clear()
+        under_test.stepper.runner.vision.clear()
+        return under_test
+
+    yield share
+    for under_test in engines.values():
+        under_test.engine.drain(0)
+
+
 Serve = Callable[..., EngineUnderTest]
 FUSED = [name for name in BUILDERS if can_fuse(BUILDERS[name]().model)]
 # Every family as it is served, and one of those that are fused by the eager decoder too, whose
@@ -251,11 +279,17 @@ SERVED = [(name, "auto") for name in BUILDERS] + [("llava", "eager")]
 
 
 @pytest.fixture(params=SERVED, ids=[f"{name}-{decoder}" for name, decoder in SERVED])
-def serve(request: pytest.FixtureRequest, start_engine: Serve) -> Serve:
-    """Starts an engine on a supported family by one of its decoders: the conformance suite's."""
+def served(request: pytest.FixtureRequest) -> tuple[TinyModel, str]:
+    """A supported family and one of the decoders that it is served by: the conformance suite's."""
     name, decoder = request.param
-    tiny = built(name)
-    return lambda **config: start_engine(tiny, decoder=decoder, **config)
+    return built(name), decoder
+
+
+@pytest.fixture
+def serve(served: tuple[TinyModel, str], shared_engine: Serve) -> Serve:
+    """A running engine for `served`, which other tests use as well."""
+    tiny, decoder = served
+    return lambda **config: shared_engine(tiny, decoder=decoder, **config)
 
 
 @cache

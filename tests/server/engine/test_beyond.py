@@ -71,7 +71,7 @@ def check(
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 512])
 def test_every_method_at_every_level(
     tiny_llava: TinyModel,
-    start_engine: Serve,
+    shared_engine: Serve,
     decoder: str,
     case: str,
     gate: Gate | None,
@@ -81,7 +81,7 @@ def test_every_method_at_every_level(
     vectors = vectors_of(tiny_llava)
     plan = plan_of(case, vectors, gate=gate)
     expected = expected_of(tiny_llava, plan, vectors, PROMPT, IMAGES)
-    under_test = start_engine(tiny_llava, decoder=decoder, prefill_chunk=prefill_chunk, **CACHES)
+    under_test = shared_engine(tiny_llava, decoder=decoder, prefill_chunk=prefill_chunk, **CACHES)
     steering = row_steering(plan, vectors)
     cold, warm = (
         under_test.ask(PROMPT, IMAGES, plan=plan, steering=steering).wait() for _ in range(2)
@@ -142,14 +142,14 @@ def test_all_of_them_in_one_batch_are_each_as_by_themselves(
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 512])
 @pytest.mark.parametrize("case", CASES)
 def test_before_a_prompts_last_token_nothing_is_steered(
-    tiny_llava: TinyModel, start_engine: Serve, decoder: str, prefill_chunk: int, case: str
+    tiny_llava: TinyModel, shared_engine: Serve, decoder: str, prefill_chunk: int, case: str
 ) -> None:
     """Pitfalls 1 and 7: what is steered after layer 0 shows in the keys of layer 1."""
     vectors = vectors_of(tiny_llava)
     plan = plan_of(case, vectors, gate=GATE)
     if case == "dataset-project":
         plan = replace(plan, schedule=replace(plan.schedule, first=0, last=0))
-    under_test = start_engine(tiny_llava, decoder=decoder, prefill_chunk=prefill_chunk, **CACHES)
+    under_test = shared_engine(tiny_llava, decoder=decoder, prefill_chunk=prefill_chunk, **CACHES)
     num_prompt = len(under_test.inputs(PROMPT, IMAGES).prompt)
     runner = under_test.stepper.runner
     keys: list[Tensor] = []
@@ -169,10 +169,10 @@ def test_before_a_prompts_last_token_nothing_is_steered(
 @both_decoders
 @pytest.mark.parametrize("case", CASES)
 def test_a_gate_that_is_open_or_shut_leaves_all_or_nothing(
-    tiny_llava: TinyModel, start_engine: Serve, decoder: str, case: str
+    tiny_llava: TinyModel, shared_engine: Serve, decoder: str, case: str
 ) -> None:
     vectors = vectors_of(tiny_llava)
-    under_test = start_engine(tiny_llava, decoder=decoder)
+    under_test = shared_engine(tiny_llava, decoder=decoder)
 
     def ask(threshold: float | None) -> Answer:
         gate = None if threshold is None else Gate(1, threshold)

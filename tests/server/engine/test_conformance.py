@@ -316,7 +316,7 @@ def test_another_picture_of_the_same_bytes_is_another_picture(serve: Serve) -> N
 
 
 def test_a_decoder_that_computes_something_else_is_refused(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
+    served: tuple[TinyModel, str], start_engine: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The self-check: a forgotten picture, say, stops the start."""
     monkeypatch.setattr(
@@ -326,4 +326,4 @@ def test_a_decoder_that_computes_something_else_is_refused(
         ),
     )
     with pytest.raises(EngineError, match="is not served: the engine's logits differ"):
-        serve()
+        start_engine(served[0], decoder=served[1])
