@@ -92,6 +92,7 @@ async def test_a_reopened_store_has_what_was_written(filled: Path) -> None:
     await store.close()
 
 
+@pytest.mark.slow
 async def test_processes_that_create_and_write_at_once_lose_nothing(path: Path) -> None:
     """Each starts at the same line, so they also race for the file's creation."""
     processes = [writer(path, 100 * i, 100 * i + 10) for i in range(3)]
