@@ -126,7 +126,7 @@ async def test_a_paused_server_is_an_error_within_the_timeout(
     assert (await store.changes()).revision == 1
 
 
-@pytest.mark.parametrize("how", ["pause", "kill"])
+@pytest.mark.parametrize("how", [pytest.param("pause", marks=pytest.mark.slow), "kill"])
 async def test_a_listener_notices_a_dead_or_silent_server(
     own_redis: RedisServer, opened: Open, how: str
 ) -> None:
