@@ -135,6 +135,7 @@ async def measured(found: Fleet, num_processes: int = 1) -> Toggle:
 
 
 @needs_redis
+@pytest.mark.slow
 def test_every_way_changes_both_replicas_under_load(tmp_path: Path) -> None:
     with scripted_fleet(tmp_path) as found:
         result = asyncio.run(measured(found))
