@@ -94,11 +94,12 @@ class Settings(BaseModel):
     vision_cache_bytes: int = Field(
         64 * MIB, ge=0, description="Vision features of earlier pictures that are kept; 0: none."
     )
-    decoder: Literal["auto", "eager", "fused"] = Field(
+    decoder: Literal["auto", "eager", "fused", "compiled"] = Field(
         "auto",
         description="How the language model is run: fused is this project's own pass for "
-        "Llama-like decoders, eager the model's own modules under hooks; auto takes fused for the "
-        "decoder classes it is tested with, else eager.",
+        "Llama-like decoders, compiled the same with decode steps by kernels that are built at "
+        "start (CPU only; needs g++), eager the model's own modules under hooks; auto takes fused "
+        "for the decoder classes it is tested with, else eager.",
     )
 
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of one request.")

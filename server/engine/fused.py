@@ -3,7 +3,8 @@
 For decoders of Llama's shape. All tokens of a pass, whatever request they belong to, go through
 the matrices together; only attention looks at each prompt and at the rows apart. The residual
 stream is kept in float32, so that a steering step of any size keeps its length. Equal to the
-model's own modules within rounding: eager.py is the reference that tests compare with.
+model's own modules within rounding: eager.py is the reference that tests compare with. Decode
+steps may take kernels instead of operations (compiled.py).
 
 Where a decode step's time goes (SmolLM2-135M, bf16, two AVX512 cores, ms at 1 / 16 rows): the
 model's own modules took 42 / 72, most of it in matrix products at half the speed of memory and in
@@ -13,6 +14,7 @@ heads are not expanded, and it looks no further than the longest row), norms 2 /
 0.2 / 0.3, and the calls from Python.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,8 +83,8 @@ class FusedDecoder:
         self._dtype, self._device = model.dtype, model.device
         self._stopwatch = stopwatch_of(model.device)
         self._rotary = decoder.rotary_emb
-        self._layers = [_Layer(module) for module in decoder_layers(model)]
-        self._norm = _Norm(decoder.norm)
+        self._layers = [Layer(module) for module in decoder_layers(model)]
+        self._norm = Norm(decoder.norm)
         self._head = Linear([head])
         self.num_layers = len(self._layers)
         leave_file(model)
@@ -100,18 +102,18 @@ class FusedDecoder:
 
     def _run(self, batch: Batch, seen: list[Tensor] | None) -> Output:
         """`seen` collects what each reader is given at the last tokens."""
-        packing = _Packing(batch, self._device, self._layers[0].group)
+        packing = Packing(batch, self._device, self._layers[0].group)
         self._stopwatch.take()  # of a pass that broke midway
         rows = slice(packing.first_row, packing.end)
         steering = SteeringPass(
             batch, packing.chunk_lasts, rows, self.num_layers, self._device, self._stopwatch
         )
         hidden = nn.functional.pad(batch.embeds.float(), (0, 0, 0, packing.padding))
-        rotary = self._rotary_tables(batch, packing.padding)
-        for number, layer in enumerate(self._layers):
+        run_layer = self._pass(batch, packing, hidden)
+        for number in range(self.num_layers):
             if seen is not None and number:
                 seen.append(hidden[packing.lasts])
-            layer.run(hidden, rotary, packing, self._dtype)
+            run_layer(number)
             steering.at(number, hidden)
         if seen is not None:
             seen.append(hidden[packing.lasts])
@@ -122,6 +124,11 @@ class FusedDecoder:
             fired=steering.fired,
             injected=self._stopwatch.take(),
         )
+
+    def _pass(self, batch: Batch, packing: "Packing", hidden: Tensor) -> Callable[[int], None]:
+        """What adds the layer of a number to the stream `hidden`, (N, D) float32, in place."""
+        rotary = self._rotary_tables(batch, packing.padding)
+        return lambda number: self._layers[number].run(hidden, rotary, packing, self._dtype)
 
     def _rotary_tables(self, batch: Batch, padding: int) -> tuple[Tensor, Tensor]:
         """cos and sin of every packed token, (N, 1, Dh); sin's first half negated, because
@@ -134,7 +141,7 @@ class FusedDecoder:
         return cos, sin
 
 
-class _Packing:
+class Packing:
     """Where each part of the batch lies among the packed tokens, and what it may see.
 
     lasts: the last token of every chunk, then every row; wanted: those whose states are asked
@@ -170,71 +177,72 @@ class _Packing:
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
 
 
-class _Norm:
+class Norm:
     """RMS norm of a float32 stream, in half the operations of `nn.functional.rms_norm`, which has
     no kernel of its own on a CPU."""
 
     def __init__(self, module: Any) -> None:
-        self._weight = module.weight.detach().float()
-        self._eps = torch.tensor(module.variance_epsilon, device=self._weight.device)
-        self._per_number = 1.0 / len(self._weight)
+        self.weight = module.weight.detach().float()
+        self.eps = float(module.variance_epsilon)
+        self._eps = torch.tensor(self.eps, device=self.weight.device)
+        self._per_number = 1.0 / len(self.weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, length, length, value=self._per_number).rsqrt_()
-        return torch.mul(hidden, scale).mul_(self._weight)
+        return torch.mul(hidden, scale).mul_(self.weight)
 
 
-class _Layer:
+class Layer:
     """One decoder layer."""
 
     def __init__(self, module: Any) -> None:
         attention, mlp = module.self_attn, module.mlp
-        self._head_dim = attention.head_dim
-        self._num_heads = attention.q_proj.out_features // self._head_dim
-        self._num_kv_heads = attention.k_proj.out_features // self._head_dim
-        self.group = self._num_heads // self._num_kv_heads
-        self._scaling = attention.scaling
-        self._layer = attention.layer_idx
-        self._attention_norm = _Norm(module.input_layernorm)
-        self._mlp_norm = _Norm(module.post_attention_layernorm)
-        self._qkv = Linear([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._o = Linear([attention.o_proj])
-        self._gate_up = Linear([mlp.gate_proj, mlp.up_proj])
-        self._down = Linear([mlp.down_proj])
-        self._activation = mlp.act_fn
+        self.head_dim = attention.head_dim
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.num_kv_heads = attention.k_proj.out_features // self.head_dim
+        self.group = self.num_heads // self.num_kv_heads
+        self.scaling = attention.scaling
+        self.number = attention.layer_idx
+        self.attention_norm = Norm(module.input_layernorm)
+        self.mlp_norm = Norm(module.post_attention_layernorm)
+        self.qkv = Linear([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = Linear([attention.o_proj])
+        self.gate_up = Linear([mlp.gate_proj, mlp.up_proj])
+        self.down = Linear([mlp.down_proj])
+        self.activation = mlp.act_fn
 
     def run(
         self,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
-        packing: _Packing,
+        packing: Packing,
         dtype: torch.dtype,
     ) -> None:
         """Add this layer's attention and MLP to the stream, (N, D) float32, in place."""
-        x = self._attention_norm(hidden).to(dtype)
-        hidden += self._o(self._attention(self._qkv(x), rotary, packing))
-        x = self._mlp_norm(hidden).to(dtype)
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        hidden += self._down(self._activation(gate) * up)
+        x = self.attention_norm(hidden).to(dtype)
+        hidden += self.o(self._attention(self.qkv(x), rotary, packing))
+        x = self.mlp_norm(hidden).to(dtype)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        hidden += self.down(self.activation(gate) * up)
 
-    def _attention(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: _Packing) -> Tensor:
+    def _attention(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         """qkv (N, (Hq + 2 H) * Dh) -> (N, Hq * Dh)."""
-        num_rotated = self._num_heads + self._num_kv_heads
-        qkv = qkv.view(len(qkv), num_rotated + self._num_kv_heads, self._head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        qkv = qkv.view(len(qkv), num_rotated + self.num_kv_heads, self.head_dim)
         rotated, (cos, sin) = qkv[:, :num_rotated], rotary
-        rolled = rotated.roll(self._head_dim // 2, -1)
+        rolled = rotated.roll(self.head_dim // 2, -1)
         torch.addcmul(rotated * cos, rolled, sin, out=rotated)
-        q, key, value = qkv.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
+        q, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         parts = []
         for chunk, place, queries in packing.chunks:
             kv = torch.stack([key[place], value[place]]).transpose(1, 2)  # (2, H, T, Dh)
-            keys, values = chunk.cache.append(self._layer, kv)
+            keys, values = chunk.cache.append(self.number, kv)
             for part in queries:
-                parts.append(attend_chunk(q[place], keys, values, part, self._scaling))
+                parts.append(attend_chunk(q[place], keys, values, part, self.scaling))
         for slab, place, mask in packing.slabs:
-            keys, values = slab.append(self._layer, key[place], value[place])
-            parts.append(attend_rows(q[place], keys, values, mask, self._scaling))
+            keys, values = slab.append(self.number, key[place], value[place])
+            parts.append(attend_rows(q[place], keys, values, mask, self.scaling))
         if packing.padding:
-            parts.append(q.new_zeros(packing.padding, self._num_heads * self._head_dim))
+            parts.append(q.new_zeros(packing.padding, self.num_heads * self.head_dim))
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -119,6 +119,10 @@ class Slab:
         values[rows, :, at] = value
         return self._seen[layer]
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """keys (capacity, H, Dh, width) and values (capacity, H, width, Dh), to be written to."""
+        return self._by_layer[layer]
+
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """key, value (B, H, 1, Dh): store them and return the B rows, (B, H, width, Dh) each."""
         keys, values = self.append(layer, key[:, :, 0], value[:, :, 0])

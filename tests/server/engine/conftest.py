@@ -273,9 +273,10 @@ def shared_engine() -> Iterator[Callable[..., EngineUnderTest]]:
 
 Serve = Callable[..., EngineUnderTest]
 FUSED = [name for name in BUILDERS if can_fuse(BUILDERS[name]().model)]
-# Every family as it is served, and one of those that are fused by the eager decoder too, whose
-# other cases are Gemma 3's (masks of two kinds) and test_fused.py's (three axes of positions).
-SERVED = [(name, "auto") for name in BUILDERS] + [("llava", "eager")]
+# Every family as it is served, and one of those that are fused by the other decoders too: eager's
+# further cases are Gemma 3's (masks of two kinds) and test_fused.py's (three axes of positions),
+# compiled's are test_fused.py's.
+SERVED = [(name, "auto") for name in BUILDERS] + [("llava", "eager"), ("llava", "compiled")]
 
 
 @pytest.fixture(params=SERVED, ids=[f"{name}-{decoder}" for name, decoder in SERVED])

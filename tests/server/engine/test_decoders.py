@@ -102,9 +102,13 @@ def test_a_norm_of_another_kind_runs_by_the_models_own_modules(
     assert not can_fuse(model)
 
 
-def test_fused_where_it_cannot_be_is_refused_by_name(tiny_gemma3: TinyModel) -> None:
-    with ExitStack() as life, pytest.raises(EngineError, match="Gemma3TextModel cannot run fused"):
-        build_decoder("fused", tiny_gemma3.model, life)
+@pytest.mark.parametrize("choice", ["fused", "compiled"])
+def test_fused_where_it_cannot_be_is_refused_by_name(
+    tiny_gemma3: TinyModel, choice: DecoderChoice
+) -> None:
+    message = f"Gemma3TextModel cannot run {choice}"
+    with ExitStack() as life, pytest.raises(EngineError, match=message):
+        build_decoder(choice, tiny_gemma3.model, life)
 
 
 def test_the_eager_decoders_hooks_are_there_for_its_life_only() -> None:
@@ -116,7 +120,7 @@ def test_the_eager_decoders_hooks_are_there_for_its_life_only() -> None:
     assert [len(layer._forward_hooks) for layer in layers] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager", "fused"])
+@pytest.mark.parametrize("choice", ["auto", "eager", "fused", "compiled"])
 def test_layers_that_are_not_where_they_were_are_refused(choice: DecoderChoice) -> None:
     """Pitfall 2: a renamed or shortened list of layers must not become a silent no-op."""
     model = build_tiny_llava().model
@@ -131,12 +135,15 @@ def test_layers_that_are_not_where_they_were_are_refused(choice: DecoderChoice) 
         build_decoder(choice, model, life)
 
 
-def test_a_fused_model_has_given_its_weights_away(tiny_llava: TinyModel) -> None:
+@pytest.mark.parametrize("choice", ["fused", "compiled"])
+def test_a_fused_model_has_given_its_weights_away(
+    tiny_llava: TinyModel, choice: DecoderChoice
+) -> None:
     """Memory: the language model's matrices are held once; what embeds pictures and text stays."""
     model = copy.deepcopy(tiny_llava.model)
     decoder = model.get_decoder()
     with ExitStack() as life:
-        build_decoder("fused", model, life)
+        build_decoder(choice, model, life)
     matrices = [m.weight for m in decoder.layers.modules() if isinstance(m, nn.Linear)]
     assert len(matrices) == 3 * 7 and all(weight.numel() == 0 for weight in matrices)
     assert model.get_output_embeddings().weight.numel() == 0

@@ -1,4 +1,4 @@
-"""The fused decoder against the eager one, and what happens when its steering breaks."""
+"""The fused decoder and its compiled kind against the eager one; and broken steering."""
 
 import copy
 import math
@@ -31,6 +31,7 @@ from tests.server.engine.conftest import FUSED, Serve, built, sample_plan, wait_
 from tests.tiny_models import TinyModel, build_tiny_llava
 
 CPU = torch.device("cpu")
+OWN: list[DecoderChoice] = ["fused", "compiled"]  # of this project, not the model's modules
 SIZES = {
     "vocab_size": 264,
     "hidden_size": 32,
@@ -186,9 +187,10 @@ def decoded(choice: DecoderChoice, model: Any, act: Callable[[Any], Any]) -> Any
         return act(build_decoder(choice, copy.deepcopy(model), life))
 
 
+@pytest.mark.parametrize("choice", OWN)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", [*FUSED, *VARIANTS])
-def test_fused_equals_eager(name: str, seed: int) -> None:
+def test_fused_equals_eager(name: str, seed: int, choice: DecoderChoice) -> None:
     model = model_of(name)
 
     def run(decoder: Any) -> list[tuple[Batch, Output, Tensor]]:
@@ -196,7 +198,7 @@ def test_fused_equals_eager(name: str, seed: int) -> None:
         outputs = [(batch, decoder.run(batch)) for batch in batches]
         return [(batch, output, decoder.logits(output.hidden)) for batch, output in outputs]
 
-    pairs = zip(decoded("fused", model, run), decoded("eager", model, run), strict=True)
+    pairs = zip(decoded(choice, model, run), decoded("eager", model, run), strict=True)
     for (batch, fused, logits), (eager_batch, eager, eager_logits) in pairs:
         close(fused.hidden, eager.hidden)
         close(logits, eager_logits)
@@ -211,15 +213,18 @@ def test_fused_equals_eager(name: str, seed: int) -> None:
             close(rows.slab.values, eager_rows.slab.values)
 
 
+@pytest.mark.parametrize("choice", OWN)
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-def test_a_trace_shows_what_the_models_own_layers_are_given(name: str) -> None:
+def test_a_trace_shows_what_the_models_own_layers_are_given(
+    name: str, choice: DecoderChoice
+) -> None:
     model = model_of(name)
 
     def trace(decoder: Any) -> list[Tensor]:
         batches = Batches(model, 5).all(with_pair=False)
         return [decoder.trace(batch)[0] for batch in batches]
 
-    fused, eager = decoded("fused", model, trace), decoded("eager", model, trace)
+    fused, eager = decoded(choice, model, trace), decoded("eager", model, trace)
     assert [states.shape[1] for states in fused] == [6, 11, 5, 5, 1]
     for states, expected in zip(fused, eager, strict=True):
         close(states, expected)
@@ -234,7 +239,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("choice", "dose"),
-    [("fused", 1e-4), ("fused", 0.01), ("fused", 0.5), ("eager", 0.5)],
+    [*((own, dose) for own in OWN for dose in (1e-4, 0.01, 0.5)), ("eager", 0.5)],
 )
 def test_in_bfloat16_a_step_of_any_size_keeps_its_length(
     choice: DecoderChoice, dose: float
@@ -279,8 +284,11 @@ def test_in_bfloat16_a_step_of_any_size_keeps_its_length(
         assert float((moved - planned).norm()) < 0.02 * float(planned.norm())
 
 
+@pytest.mark.parametrize("choice", OWN)
 @pytest.mark.parametrize("alpha", [1e-4, 0.01, 1.0])
-def test_in_bfloat16_any_share_of_a_subspace_is_taken_away_whole(alpha: float) -> None:
+def test_in_bfloat16_any_share_of_a_subspace_is_taken_away_whole(
+    alpha: float, choice: DecoderChoice
+) -> None:
     """Pitfall 8 for the method project, of chunks and of rows."""
     model = copy.deepcopy(model_of("llava")).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(3)
@@ -299,13 +307,16 @@ def test_in_bfloat16_any_share_of_a_subspace_is_taken_away_whole(alpha: float) -
         chunk = replace(chunk, start=0, end=len(chunk), delta=None)
         return Batch((chunk,), mixed.slabs[:1], bases=stacked_bases([basis] * 3, CPU))
 
-    plain, steered = decoded("fused", model, trace)
+    plain, steered = decoded(choice, model, trace)
     for before, after in zip(plain[0], steered[0], strict=True):
         planned = alpha * sum((before @ vector) * vector for vector in vectors)
         assert float((before - after - planned).norm()) < 0.02 * float(planned.norm())
 
 
-def test_in_bfloat16_the_fused_pass_is_no_further_from_float32_than_the_models_own() -> None:
+@pytest.mark.parametrize("choice", OWN)
+def test_in_bfloat16_the_fused_pass_is_no_further_from_float32_than_the_models_own(
+    choice: DecoderChoice,
+) -> None:
     exact = model_of("llava")
     rounded = copy.deepcopy(exact).to(torch.bfloat16)
 
@@ -318,7 +329,7 @@ def test_in_bfloat16_the_fused_pass_is_no_further_from_float32_than_the_models_o
         return torch.cat([decoder.logits(decoder.run(batch).hidden) for batch in batches])
 
     expected = decoded("eager", exact, exact_logits)
-    fused, eager = decoded("fused", rounded, logits), decoded("eager", rounded, logits)
+    fused, eager = decoded(choice, rounded, logits), decoded("eager", rounded, logits)
     assert fused.dtype == torch.float32
     assert float((fused - expected).norm()) < 1.2 * float((eager - expected).norm())
 
@@ -367,6 +378,7 @@ def reaches_a_neighbour(steering: SteeringPass, layer: int, hidden: Tensor) -> N
     hidden[-1] += (hidden - before).sum(dim=0)
 
 
+@pytest.mark.parametrize("choice", OWN)
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
@@ -386,18 +398,24 @@ def test_a_fused_pass_that_steers_wrongly_is_not_ready(
     monkeypatch: pytest.MonkeyPatch,
     turn: Turn,
     message: str,
+    choice: DecoderChoice,
 ) -> None:
     monkeypatch.setattr(SteeringPass, "at", turn)
     with pytest.raises(EngineError, match=message):
-        start_engine(tiny_llava, decoder="fused")
+        start_engine(tiny_llava, decoder=choice)
 
 
+@pytest.mark.parametrize("choice", OWN)
 @pytest.mark.parametrize("turn", [no_turn, skips_a_layer, counts_short])
 def test_steering_that_loses_its_turn_in_service_ends_the_engine_and_every_request(
-    tiny_llava: TinyModel, start_engine: Serve, monkeypatch: pytest.MonkeyPatch, turn: Turn
+    tiny_llava: TinyModel,
+    start_engine: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    turn: Turn,
+    choice: DecoderChoice,
 ) -> None:
     """No further token is made, steered or not, and nobody is left hanging."""
-    under_test = start_engine(tiny_llava, decoder="fused", max_rows=2)
+    under_test = start_engine(tiny_llava, decoder=choice, max_rows=2)
     with under_test.slow(0.005):
         running = [under_test.ask("Hi", max_tokens=200) for _ in range(2)]
         waiting = under_test.ask("Hi")

@@ -1,0 +1,141 @@
+"""The decode step's own kernels (kernels.cpp): built at start for this processor, called by ctypes.
+
+A C++ compiler makes them in a second or two, into a file that is gone once it is loaded, so there
+is no binary to ship, to keep or to mistrust. Does not know the layers (compiled.py).
+"""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.engine.types import EngineError
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+# Sums may be reordered, for vector instructions; NaN and infinity may not be assumed away.
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+LONGEST_BUILD_S = 120.0
+_WHAT_FOR = "decoder compiled (DESHIFT_DECODER) builds its kernels at start"
+
+
+class Kernels:
+    """Kernels for products of one dtype. Tensors are of the CPU and dense, of the sizes that are
+    told here: this is not looked at. Raises EngineError where they cannot be built."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in NAMES:
+            raise EngineError(f"decoder compiled runs float32 and bfloat16, not {dtype}")
+        held, released = _libraries()
+        name = NAMES[dtype]
+        # Of a few microseconds each: to give Python's lock away and wait for it would take longer.
+        self._add_and_norm = _function(
+            held, f"add_and_norm_{name}", [c_int64] * 2 + [c_void_p] * 3 + [c_float, c_void_p]
+        )
+        self._add = _function(held, f"add_{name}", [c_int64, c_void_p, c_void_p])
+        self._silu_and_multiply = _function(
+            held, f"silu_and_multiply_{name}", [c_int64] * 2 + [c_void_p] * 2
+        )
+        self._attend = _function(
+            released, f"attend_{name}", [c_int64] * 5 + [c_void_p] * 6 + [c_float, c_void_p]
+        )
+        self._attend.restype = c_int
+        self._dtype = dtype
+
+    def add_and_norm(
+        self, hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float
+    ) -> Tensor:
+        """Add to hidden (N, D) float32 in place; its RMS norm times weight (D,) float32, (N, D)."""
+        out = torch.empty(hidden.shape, dtype=self._dtype)
+        self._add_and_norm(
+            *hidden.shape,
+            hidden.data_ptr(),
+            None if added is None else added.data_ptr(),
+            weight.data_ptr(),
+            eps,
+            out.data_ptr(),
+        )
+        return out
+
+    def add(self, hidden: Tensor, added: Tensor) -> None:
+        """To hidden (N, D) float32, in place."""
+        self._add(hidden.numel(), hidden.data_ptr(), added.data_ptr())
+
+    def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
+        """(N, 2 I), gate before up -> (N, I)."""
+        num_rows, width = gate_up.shape
+        out = gate_up.new_empty(num_rows, width // 2)
+        self._silu_and_multiply(num_rows, width // 2, gate_up.data_ptr(), out.data_ptr())
+        return out
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        out: Tensor,
+    ) -> None:
+        """Rotate, store and attend, for a token of each of B rows.
+
+        qkv (B, (Hq + 2 H) * Dh), rotary (B, 1, Dh) each, lengths (B,) int64: tokens before this
+        one; keys (capacity, H, Dh, width) and values (capacity, H, width, Dh), in place; out
+        (B, Hq * Dh). Raises EngineError where a row's next token has no room, having stored none.
+        """
+        _, num_heads, dim, width = keys.shape
+        failed = self._attend(
+            len(qkv),
+            num_heads,
+            out.shape[1] // (num_heads * dim),
+            dim,
+            width,
+            lengths.data_ptr(),
+            qkv.data_ptr(),
+            *(table.data_ptr() for table in rotary),
+            keys.data_ptr(),
+            values.data_ptr(),
+            scaling,
+            out.data_ptr(),
+        )
+        if failed:
+            raise EngineError("a row is longer than its slab is wide")
+
+
+def _function(library: ctypes.CDLL, name: str, argument_types: list[Any]) -> Any:
+    function = getattr(library, name)
+    function.argtypes = argument_types
+    function.restype = None
+    return function
+
+
+@cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """The library twice: its calls keep Python's lock, or give it away meanwhile."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise EngineError(
+            f"{_WHAT_FOR} and finds no C++ compiler: install g++, or choose decoder auto"
+        )
+    with tempfile.TemporaryDirectory(prefix="deshift-") as folder:
+        library = Path(folder) / "kernels.so"
+        try:
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(library)]
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD_S
+            )
+            return ctypes.PyDLL(str(library)), ctypes.CDLL(str(library))
+        except (OSError, subprocess.SubprocessError) as error:
+            words = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            told = next((line for line in words if "error" in line), words[-1])
+            raise EngineError(f"{_WHAT_FOR} and cannot: {compiler}: {told}") from error
