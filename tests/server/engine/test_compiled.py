@@ -14,6 +14,7 @@ import torch
 from server.engine import kernels
 from server.engine.compiled import CompiledDecoder
 from server.engine.decoders import build_decoder
+from server.engine.fused import FusedDecoder
 from server.engine.types import EngineError
 from tests.server.engine.conftest import (
     Serve,
@@ -79,3 +80,18 @@ def test_an_engine_without_a_compiler_does_not_start(
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(EngineError, match=r"DESHIFT_DECODER.*install g\+\+"):
         start_engine(tiny_llava, decoder="compiled")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_auto_is_compiled_where_that_can_be_and_else_fused(
+    tiny_llava: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def automatic(model: Any) -> type:
+        with ExitStack() as life:
+            return type(build_decoder("auto", model, life))
+
+    assert automatic(copy.deepcopy(tiny_llava.model)) is CompiledDecoder
+    assert automatic(copy.deepcopy(tiny_llava.model).half()) is FusedDecoder
+    kernels._libraries.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    assert automatic(copy.deepcopy(tiny_llava.model)) is FusedDecoder

@@ -22,7 +22,7 @@ def test_every_family_but_gemmas_runs_fused(tiny_model: TinyModel) -> None:
     assert can_fuse(tiny_model.model) == is_fused
     with ExitStack() as life:
         decoder = build_decoder("auto", copy.deepcopy(tiny_model.model), life)
-        assert type(decoder) is (FusedDecoder if is_fused else EagerDecoder)
+        assert isinstance(decoder, FusedDecoder if is_fused else EagerDecoder)
 
 
 @pytest.mark.parametrize(
