@@ -7,6 +7,7 @@ import pytest
 from server.engine.batch import Batch
 from server.engine.engine import EmbeddedEngine, EngineConfig
 from server.engine.stats import CacheUse, Histogram
+from server.engine.steering_pass import SteeringPass
 from server.engine.types import EngineError, Failed, Finished
 from tests.server.engine.conftest import (
     EngineUnderTest,
@@ -170,12 +171,11 @@ def test_logits_that_are_no_numbers_are_a_failure(
 
 
 def test_steering_that_loses_its_turn_is_counted(
-    tiny_llava: TinyModel, start_engine: Start
+    tiny_llava: TinyModel, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     under_test = start_engine(tiny_llava)
     assert isinstance(under_test.ask("Hi").wait().terminal, Finished)
-    decoder = under_test.stepper.runner._decoder
-    decoder.num_layers += 1
+    monkeypatch.setattr(SteeringPass, "at", lambda _steering, _layer, _hidden: None)
     assert isinstance(under_test.ask("Hi").wait().terminal, Failed)
     assert under_test.engine.stats().failures == {"steps": 0, "hooks": 1}
 
