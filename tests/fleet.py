@@ -164,11 +164,12 @@ class Fleet:
         until(lambda: self.stores() == [state] * 2, f"every replica says that its store is {state}")
 
     def wait_until_well(self) -> None:
-        """In step with the store, ready, and without a problem."""
+        """In step with the store and with each other, ready, and without a problem."""
 
         def is_well() -> bool:
             states = [replica.ready() for replica in self.replicas]
-            return all(
+            revisions = {each["store"]["revision"] for each in states}
+            return len(revisions) == 1 and all(
                 (each["status"], each["store"]["state"], each["store"]["problem"])
                 == ("ready", "ok", None)
                 and not each["steering"]["problems"]
