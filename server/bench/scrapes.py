@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -137,15 +137,20 @@ async def _scraping(
         yield
         return
 
-    async def go_on() -> None:
-        while True:
-            scrapes.append(await _scrape(client, url))
-            await asyncio.sleep(EVERY_S)
+    is_over = asyncio.Event()
 
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(go_on())
+    async def go_on() -> None:
+        while not is_over.is_set():
+            scrapes.append(await _scrape(client, url))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(is_over.wait(), EVERY_S)
+
+    task = asyncio.create_task(go_on())
+    try:
         yield
-        task.cancel()
+    finally:
+        is_over.set()
+        await task  # one that is under way counts, too
 
 
 async def _scrape(client: httpx.AsyncClient, url: str) -> Scrape:

@@ -19,7 +19,8 @@ from torch import Tensor
 from server.engine.types import EngineError
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-COMPILERS = ("g++", "clang++", "c++")
+# Not clang++: its OpenMP would be a second one beside torch's, with workers of its own.
+COMPILERS = ("g++",)
 # Sums may be reordered, for vector instructions; NaN and infinity may not be assumed away.
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
@@ -127,15 +128,17 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         raise EngineError(
             f"{_WHAT_FOR} and finds no C++ compiler: install g++, or choose decoder auto"
         )
-    with tempfile.TemporaryDirectory(prefix="deshift-") as folder:
-        library = Path(folder) / "kernels.so"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="deshift-") as folder:
+            library = Path(folder) / "kernels.so"
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(library)]
             subprocess.run(
                 command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD_S
             )
             return ctypes.PyDLL(str(library)), ctypes.CDLL(str(library))
-        except (OSError, subprocess.SubprocessError) as error:
-            words = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            told = next((line for line in words if "error" in line), words[-1])
-            raise EngineError(f"{_WHAT_FOR} and cannot: {compiler}: {told}") from error
+    except subprocess.CalledProcessError as error:
+        words = [line for line in error.stderr.splitlines() if line.strip()] or [str(error)]
+        told = next((line for line in words if "error" in line), words[-1])
+        raise EngineError(f"{_WHAT_FOR} and cannot: {compiler}: {told}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineError(f"{_WHAT_FOR} and cannot: {error}") from error

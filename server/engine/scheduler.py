@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
 
+FEW_TOKENS = 16  # an answer of fewer has no row for long
+
 
 @dataclass(frozen=True)
 class PrefillChunk:
@@ -103,15 +105,18 @@ class Scheduler:
         return len(self.waiting) + len(self.prefilling)
 
     def num_within(self, num_tokens: int) -> int:
-        """Of these, the first ones whose prompts end within so many tokens and for which there are
-        rows; what a cache has of a waiting one's is not known yet."""
-        free, num = self._max_rows - len(self.rows), 0
+        """How many of these have room and would begin to decode after so many tokens of prefill,
+        in their order; without answers of a few tokens, which are over before anybody gains by
+        them. What a cache has of a waiting one's prompt is not known yet."""
+        free, reserved, num = self._max_rows - len(self.rows), self.reserved, 0
         for active in (*self.prefilling, *self.waiting):
             num_tokens -= sum(state.num_left for state in active.prompts)
             free -= active.num_rows
-            if num_tokens < 0 or free < 0:
+            if active not in self.prefilling:
+                reserved += self._needs(active)
+            if num_tokens < 0 or free < 0 or reserved > self._kv_tokens:
                 break
-            num += 1
+            num += active.max_tokens >= FEW_TOKENS
         return num
 
     @property

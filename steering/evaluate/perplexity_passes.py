@@ -66,7 +66,8 @@ def measure_perplexity(
                 f"{run_dir}: it does not say how {answer.suite}/{answer.id} was asked as "
                 f"{answer.condition!r}"
             )
-        if answer.error is None and not is_empty(answer):
+        is_scored = answer.error is None and not is_empty(answer)
+        if is_scored and scorer.token_ids(answer.answer):  # some characters make no token
             answers[answer.suite, answer.id].append(answer)
     for done, (place, here) in enumerate(answers.items(), start=1):
         found += _scored(scorer, items[place], here, uses)

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,11 @@ def test_a_compiler_that_cannot_be_started_is_named(
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(EngineError, match="float32 and bfloat16, not torch.float16"):
         Kernels(torch.float16)
+
+
+def test_no_room_for_the_build_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only file system, say; decoder auto then runs fused."""
+    module._libraries.cache_clear()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(EngineError, match="DESHIFT_DECODER.*No such file"):
+        Kernels(torch.float32)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from server.engine.scheduler import PrefillChunk, Scheduler
+from server.engine.scheduler import FEW_TOKENS, PrefillChunk, Scheduler
 from server.engine.sequences import ActiveRequest, Sequence
 from server.engine.types import (
     EngineInputs,
@@ -273,13 +273,28 @@ def tokens(chunks: list[PrefillChunk]) -> list[tuple[str, int]]:
 def test_how_many_requests_would_begin_to_decode_within_a_step() -> None:
     sched = scheduler(max_rows=4)
     for length in (30, 50, 21):
-        sched.add(request(length))
+        sched.add(request(length, FEW_TOKENS))
     assert [sched.num_within(tokens) for tokens in (29, 30, 79, 80, 100, 101)] == [0, 1, 1, 2, 2, 3]
     sched.schedule(25)
     assert [sched.num_within(tokens) for tokens in (4, 5, 55, 76)] == [0, 1, 2, 3]
     finish_prefill(sched, sched.prefilling[0])
-    sched.add(request(1, n=2))
+    sched.add(request(1, FEW_TOKENS, n=2))
     assert sched.num_within(1000) == 2, "three of four rows are free, two of these are taken"
     sample = scheduler()
-    sample.add(sample_request(20, 5))
+    pair = ShiftPair(prompt(20), prompt(5))
+    sample.add(active(prompt(20), FEW_TOKENS, pair=pair))
     assert (sample.num_within(44), sample.num_within(45)) == (0, 1)
+
+
+def test_answers_that_are_over_at_once_or_have_no_room_do_not_make_a_step_long() -> None:
+    """A client's many answers of one token would hold a stream up for as long as they come."""
+    sched = scheduler(max_rows=9)
+    for _ in range(8):
+        sched.add(request(10, max_tokens=1))
+    assert sched.num_within(1000) == 0
+    crowded = scheduler(max_rows=9, kv_tokens=100)
+    for _ in range(4):
+        crowded.add(request(10, max_tokens=30))
+    assert crowded.num_within(1000) == 2, "40 tokens each, of 100"
+    crowded.schedule(10)
+    assert crowded.num_within(1000) == 2
