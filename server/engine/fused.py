@@ -15,6 +15,7 @@ heads are not expanded, and it looks no further than the longest row), norms 2 /
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -153,7 +154,8 @@ class Packing:
     def __init__(self, batch: Batch, device: torch.device, group: int) -> None:
         dtype = (batch.chunks[0] if batch.chunks else batch.slabs[0]).embeds.dtype
         self.chunks: list[tuple[Chunk, slice, list[Queries]]] = []
-        self.slabs: list[tuple[Slab, slice, Tensor]] = []
+        self.slabs: list[tuple[Slab, slice, Tensor]] = []  # with the rows' lengths
+        self._dtype = dtype
         lasts, wanted = [], []
         end = 0
         for chunk in batch.chunks:
@@ -168,13 +170,18 @@ class Packing:
         for rows in batch.slabs:
             place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
             rows.slab.begin(rows.lengths, rows.longest)
-            self.slabs.append((rows.slab, place, row_mask(rows.lengths, rows.slab.width, dtype)))
+            self.slabs.append((rows.slab, place, rows.lengths))
         self.end = end
         step = FINE_STEP if end <= FINE_BELOW else COARSE_STEP
         self.padding = -end % step if batch.chunks else 0
         rows_range = range(self.first_row, end)
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
+
+    @cached_property
+    def row_masks(self) -> list[Tensor]:
+        """Of each slab's rows; once a pass, and only where operations ask for them."""
+        return [row_mask(lengths, slab.width, self._dtype) for slab, _, lengths in self.slabs]
 
 
 class Norm:
@@ -240,7 +247,7 @@ class Layer:
             keys, values = chunk.cache.append(self.number, kv)
             for part in queries:
                 parts.append(attend_chunk(q[place], keys, values, part, self.scaling))
-        for slab, place, mask in packing.slabs:
+        for (slab, place, _), mask in zip(packing.slabs, packing.row_masks, strict=True):
             keys, values = slab.append(self.number, key[place], value[place])
             parts.append(attend_rows(q[place], keys, values, mask, self.scaling))
         if packing.padding:

@@ -7,6 +7,7 @@ many tokens, so that a long prompt does not freeze the streams; how many is paci
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from server.engine.sequences import ActiveRequest, PromptState, Sequence
 
@@ -108,12 +109,15 @@ class Scheduler:
         """How many of these have room and would begin to decode after so many tokens of prefill,
         in their order; without answers of a few tokens, which are over before anybody gains by
         them. What a cache has of a waiting one's prompt is not known yet."""
+        if not self.num_waiting:
+            return 0  # most steps: nothing of the rows is looked at
         free, reserved, num = self._max_rows - len(self.rows), self.reserved, 0
-        for active in (*self.prefilling, *self.waiting):
+        admitted = ((active, 0) for active in self.prefilling)
+        waiting = ((active, self._needs(active)) for active in self.waiting)
+        for active, needs in chain(admitted, waiting):
             num_tokens -= sum(state.num_left for state in active.prompts)
             free -= active.num_rows
-            if active not in self.prefilling:
-                reserved += self._needs(active)
+            reserved += needs
             if num_tokens < 0 or free < 0 or reserved > self._kv_tokens:
                 break
             num += active.max_tokens >= FEW_TOKENS
