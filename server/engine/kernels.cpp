@@ -35,7 +35,8 @@ inline float exponential(float x) {
     x = x > 88.0f ? 88.0f : x;
     const float nearest = std::floor(x * 1.44269504f + 0.5f);
     const float whole = nearest == nearest ? nearest : 0.0f;
-    const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    // Explicit, since sums may be reordered: the two parts of log 2 must not become one.
+    const float r = std::fma(whole, 2.12194440e-4f, std::fma(-whole, 0.693359375f, x));
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;

@@ -1,6 +1,6 @@
 """The decode step's own kernels (kernels.cpp): built at start for this processor, called by ctypes.
 
-A C++ compiler makes them in a second or two, into a file that is gone once it is loaded, so there
+g++ makes them in a few seconds, into a file that is gone once it is loaded, so there
 is no binary to ship, to keep or to mistrust. Does not know the layers (compiled.py).
 """
 
