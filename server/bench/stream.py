@@ -77,7 +77,7 @@ def record(
     usage: dict[str, Any] = {}
     applied: dict[str, Any] = {}
     revisions: dict[int | None, None] = {}
-    error = ""
+    error, is_finished = "", False
     for moment, data in _events(arrivals):
         if data == "[DONE]":
             continue
@@ -87,11 +87,14 @@ def record(
         revisions[event.get("steering_revision")] = None
         error = error or str(event.get("error") or "")
         choices = event.get("choices") or []
+        is_finished |= any(choice.get("finish_reason") for choice in choices)
         text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
         if text or any((choice.get("logprobs") or {}).get("content") for choice in choices):
             times.append(moment)
             texts.append(text)
-    if not "".join(texts):
+    if not is_finished:
+        error = error or "the stream broke off: no chunk has a finish_reason"
+    if not times:
         error = error or "the stream held no text"
         return StreamRecord(start_s, steering=steering, error=error)
     return StreamRecord(

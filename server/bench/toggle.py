@@ -23,7 +23,6 @@ from server.bench.fleet import TENANT, Fleet, add_tenants
 from server.bench.load import Column, Served, servers_of
 from server.bench.prompts import Prompts
 from server.bench.store_cost import StoreCost, store_cost
-from server.bench.stream import chat
 from server.bench.target import BenchError
 from server.bench.toggle_figures import Asked, Change, Toggle, figures_of, tables_of
 from server.bench.ways import ByApi, ByCommand, ByConsole, ByProcess, Way
@@ -189,9 +188,9 @@ async def _load(
         column = columns[replica]
         while not is_over.is_set():
             number = next(numbers)
-            body = column.target.body(prompts.about_picture(number, number), max_tokens)
+            messages = prompts.about_picture(number, number)
             sent_at = time.time()
-            record = await chat(column.client, column.target, body)
+            [record] = await column.answer([messages], max_tokens, every_token=True)
             answers.append(Asked(replica, sent_at, record))
             warm.add(index)
             if record.error:

@@ -89,6 +89,7 @@ def fake_server(script: Script) -> Iterator[str]:
                 time.sleep(script.gap_s)
                 with script.engine:
                     self._event({"choices": [{"delta": {"content": f"word{index} "}}]})
+            self._event({"choices": [{"delta": {}, "finish_reason": "length"}]})
             wants_usage = body.get("stream_options", {}).get("include_usage")
             if wants_usage or "generation_config" in script.accepts:
                 usage = {

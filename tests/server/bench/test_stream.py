@@ -9,6 +9,9 @@ def event(text: str = "", **more: object) -> bytes:
     return b"data: " + json.dumps({"choices": [{"delta": {"content": text}}], **more}).encode()
 
 
+END = b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
+
+
 def test_the_first_text_not_the_first_byte_ends_the_wait() -> None:
     arrivals = [
         (0.1, b'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n'),
@@ -47,7 +50,20 @@ def test_tokens_are_those_of_the_usage_when_chunks_hold_several() -> None:
 def test_an_error_within_the_stream_is_a_failure() -> None:
     broken = b'data: {"error": {"message": "engine failed"}}\n\n'
     assert "engine failed" in record([(1.0, event("a") + b"\n\n" + broken)]).error
-    assert record([(1.0, b"data: [DONE]\n\n")]).error == "the stream held no text"
+    assert record([(1.0, END)]).error == "the stream held no text"
+
+
+def test_a_stream_that_breaks_off_is_a_failure() -> None:
+    arrivals = [(1.0, event("a") + b"\n\n")]
+    assert record(arrivals).error == "the stream broke off: no chunk has a finish_reason"
+    assert record([*arrivals, (1.5, END)]).error == ""
+
+
+def test_an_answer_whose_tokens_have_no_text_is_one_by_its_log_probabilities() -> None:
+    token = {"choices": [{"delta": {"content": ""}, "logprobs": {"content": [{"token": ""}]}}]}
+    arrivals = [(at, f"data: {json.dumps(token)}\n\n".encode()) for at in (1.0, 3.0)]
+    result = record([*arrivals, (3.5, END)])
+    assert (result.error, result.tokens, result.gaps_s) == ("", 2, (2.0,))
 
 
 def test_unicode_line_separators_within_the_text_do_not_end_a_line() -> None:
