@@ -15,6 +15,11 @@ from tests.tiny_models import BUILDERS, TinyModel, build_tiny_unlisted
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 
+# Modules beside the tests whose asserts show what they compared, as those of the tests do.
+pytest.register_assert_rewrite(
+    *(f"tests.server.engine.{name}" for name in ("beyond", "prefixes", "under_test"))
+)
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -1,61 +1,22 @@
-"""What a replica knows of the store: whatever changes came in whatever order, as a plain model."""
+"""What a replica knows of the store: keys, policies, the kill switch, what cannot be read."""
 
 import json
-import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from server.control import Control, key_digest
+from server.control import Control
 from server.directory import Principal, TenantDirectory
-from server.documents import (
-    AliasDocument,
-    AnyDocument,
-    KeyRecord,
-    KeysDocument,
-    KillDocument,
-    PolicyFields,
-    TenantDocument,
-    Until,
-    text_of,
-)
+from server.documents import AliasDocument, KillDocument, PolicyFields, Until, text_of
 from server.errors import AuthenticationError, UnavailableError
 from server.policy import Policy
 from steering.stores import MemoryStore
-from steering.stores.base import Changes, Document
+from steering.stores.base import Changes
 from tests.server.fakes import AUTHOR
-
-DEFAULT = PolicyFields(alpha=0.5, vector_alias="of-settings")
-NOW = 1_000_000.0
-
-
-def tenant_text(alpha: float = 0.8, until: Until | None = None, **fields: Any) -> str:
-    return text_of(TenantDocument(policy=PolicyFields(alpha=alpha, **fields), until=until))
-
-
-def keys_text(*keys: str, expires_at: float | None = None) -> str:
-    return text_of(KeysDocument(keys=tuple(_record(key, expires_at) for key in keys)))
-
-
-def _record(key: str, expires_at: float | None = None) -> KeyRecord:
-    return KeyRecord(id=f"id-{key}", digest=key_digest(key), created_at=NOW, expires_at=expires_at)
-
-
-def changes(*documents: tuple[str, str | None], revision: int = 1, epoch: str = "e") -> Changes:
-    return Changes(
-        epoch, revision, tuple(Document(key, value, revision) for key, value in documents)
-    )
-
-
-def directory_of(*documents: tuple[str, str | None]) -> TenantDirectory:
-    directory = TenantDirectory(DEFAULT)
-    directory.apply(changes(*documents), is_whole=True)
-    return directory
-
+from tests.server.stored import DEFAULT, NOW, changes, directory_of, keys_text, tenant_text
 
 # ---------------------------------------------------------------------------------- keys, policies
 
@@ -225,135 +186,6 @@ def test_the_stricter_kill_switch_counts(stored: Any, local: Any, in_force: str)
     assert directory.kill == in_force
     directory.apply(Changes("e", 2, ()))
     assert directory.local_kill == local, "the store does not undo what was done on the replica"
-
-
-# --------------------------------------------------------------------------- against a plain model
-
-TENANTS = ("default", "a", "b", "c")
-KEYS = {tenant: [f"{tenant}-{number}" for number in range(3)] for tenant in TENANTS}
-
-
-@dataclass
-class Model:
-    """Keeps every document's last good version, and searches all of them for every question."""
-
-    good: dict[str, tuple[AnyDocument, int]] = field(default_factory=dict)
-    there: set[str] = field(default_factory=set)
-    bad: set[str] = field(default_factory=set)
-
-    def write(self, key: str, document: AnyDocument | None, is_bad: bool, revision: int) -> None:
-        self.bad.discard(key)
-        if is_bad:
-            self.bad.add(key)
-        elif document is not None:
-            self.good[key] = document, revision
-        if document is None and not is_bad:
-            self.good.pop(key, None)
-            self.there.discard(key)
-        else:
-            self.there.add(key)
-
-    def owner(self, key: str, now: float) -> str | None:
-        for name, (document, _) in self.good.items():
-            tenant = name.removeprefix("keys/")
-            if isinstance(document, KeysDocument) and (
-                tenant == "default" or f"tenant/{tenant}" in self.there
-            ):
-                for record in document.keys:
-                    if record.digest == key_digest(key) and record.is_valid(now):
-                        return tenant
-        return None
-
-    def policy(self, tenant: str, now: float) -> Policy | str:
-        if f"tenant/{tenant}" in self.good:
-            document, revision = self.good[f"tenant/{tenant}"]
-            assert isinstance(document, TenantDocument)
-            return Policy.of(document.in_force(now), revision, tenant)
-        if f"tenant/{tenant}" in self.there:
-            return "UnavailableError"
-        return Policy.of(DEFAULT, 0) if tenant == "default" else "AuthenticationError"
-
-    def aliases_in_use(self) -> set[str]:
-        fields = [DEFAULT]
-        for document, _ in self.good.values():
-            if isinstance(document, TenantDocument):
-                fields.append(document.policy)
-                fields.extend([document.until.then] if document.until else [])
-        return {f.vector_alias for f in fields if f.mode == "dataset" or f.client_override == "any"}
-
-
-def random_document(key: str, rng: random.Random) -> AnyDocument | None:
-    if rng.random() < 0.2:
-        return None
-    kind, _, name = key.partition("/")
-    match kind:
-        case "tenant":
-            until = Until(at=NOW + rng.choice([-1, 1]), then=random_policy(rng))
-            return TenantDocument(policy=random_policy(rng), until=rng.choice([None, until]))
-        case "keys":
-            chosen = rng.sample(KEYS[name], rng.randrange(4))
-            ends = [None, NOW - 1, NOW + 1]
-            return KeysDocument(keys=tuple(_record(each, rng.choice(ends)) for each in chosen))
-        case "alias":
-            return AliasDocument(vector=rng.choice("abc") * 64)
-    return KillDocument(action=rng.choice(["none", "unsteered", "reject"]))
-
-
-def random_policy(rng: random.Random) -> PolicyFields:
-    return PolicyFields(
-        mode=rng.choice(["off", "dataset", "sample"]),
-        alpha=rng.choice([0.0, 0.5, 1.0]),
-        vector_alias=rng.choice(["x", "y", "of-settings"]),
-        client_override=rng.choice(["none", "strengthen", "any"]),
-    )
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_random_changes_leave_what_a_plain_model_holds(seed: int) -> None:
-    rng = random.Random(seed)
-    model, directory = Model(), TenantDirectory(DEFAULT)
-    keys = [f"{kind}/{name}" for kind in ("tenant", "keys") for name in TENANTS]
-    keys += ["alias/x", "alias/y", "kill"]
-    for revision in range(1, 60):
-        is_whole = rng.random() < 0.1
-        chosen = keys if is_whole else rng.sample(keys, rng.randrange(1, 4))
-        if is_whole:
-            chosen = rng.sample(chosen, rng.randrange(len(chosen)))
-            for key in model.there - set(chosen):
-                model.write(key, None, False, revision)
-        documents = []
-        for key in chosen:
-            document, is_bad = random_document(key, rng), rng.random() < 0.2
-            model.write(key, document, is_bad, revision)
-            text = "{" if is_bad else text_of(document) if document is not None else None
-            documents.append((key, text))
-        directory.apply(changes(*documents, revision=revision), is_whole)
-        check(directory, model)
-
-
-def check(directory: TenantDirectory, model: Model) -> None:
-    for now in (NOW - 2, NOW, NOW + 2):
-        for tenant in TENANTS:
-            assert outcome(lambda: directory.policy(tenant, now)) == model.policy(tenant, now)  # noqa: B023
-            for key in KEYS[tenant]:
-                found = directory.authenticate(key, now)
-                owner = model.owner(key, now)
-                assert found == (None if owner is None else Principal(owner, f"id-{key}"))
-    assert set(directory.problems) == model.bad
-    assert directory.aliases_in_use == model.aliases_in_use()
-    assert directory.requires_key == any(key.startswith("keys/") for key in model.there)
-    good = {key: document for key, (document, _) in model.good.items()}
-    assert directory.num_tenants == sum(key.startswith("tenant/") for key in good)
-    expected = {k.removeprefix("alias/"): d.vector for k, d in good.items() if k[:6] == "alias/"}
-    assert directory.aliases == expected
-    assert directory.kill == getattr(good.get("kill"), "action", "none")
-
-
-def outcome(ask: Callable[[], Policy]) -> Policy | str:
-    try:
-        return ask()
-    except (UnavailableError, AuthenticationError) as error:
-        return type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------ effort

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,10 +13,19 @@ from steering.corruption import corrupt
 from steering.models import identity_of
 from steering.plan import Gate, Method, Mode, Schedule, SteeringPlan
 from steering.vectors import ShiftVectors
-from tests.server.engine.conftest import conversation, random_delta, reference_last_hidden
+from tests.server.engine.conftest import (
+    assert_equals_reference,
+    picture,
+    random_delta,
+    reference_last_hidden,
+)
+from tests.server.engine.under_test import Answer, EngineUnderTest, conversation
 from tests.steering.samples import manifest, shift_vectors
 from tests.tiny_models import TinyModel
 
+CACHES = {"prefix_cache_bytes": 1 << 24, "vision_cache_bytes": 1 << 24}
+PROMPT, IMAGES = "What is in the picture?", [picture(1)]
+both_decoders = pytest.mark.parametrize("decoder", ["eager", "fused"])
 RANK = 2
 GATE = Gate(layer=1, threshold=0.1, temperature=2.0)
 # Every method at every level that it has; the schedules are those that it takes.
@@ -124,3 +134,22 @@ def opening_of(gate: Gate, vectors: ShiftVectors, states: Tensor, is_sample: boo
         zero = zero + vectors.mean[gate.layer].double()
     score = float((states[gate.layer] - zero) @ refusal / (refusal @ refusal))
     return 1 / (1 + math.exp(-(score - gate.threshold) / gate.temperature))
+
+
+def check(
+    under_test: EngineUnderTest,
+    answer: Answer,
+    expected: Expected,
+    prompt: str = PROMPT,
+    n: int = 1,
+) -> None:
+    """That `n` greedy answers about IMAGES, and what the first one tells, are as expected."""
+    for index in range(n):
+        assert_equals_reference(
+            under_test.tiny, answer, prompt, IMAGES, expected.delta, expected.basis, index
+        )
+    if expected.opening is not None:
+        assert 0.02 < expected.opening < 0.98, "so open or shut that the test would show nothing"
+        assert answer.applied.opening == pytest.approx(expected.opening, rel=1e-4)
+        assert answer.applied.relative_dose == pytest.approx(expected.dose, rel=1e-3)
+    assert (expected.delta if expected.delta is not None else expected.basis).norm() > 0.1  # type: ignore[union-attr]

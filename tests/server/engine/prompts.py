@@ -8,7 +8,8 @@ from torch import Tensor
 
 from server.engine.families import family_of
 from server.engine.inputs import InputBuilder
-from tests.server.engine.conftest import conversation, picture
+from tests.server.engine.conftest import picture
+from tests.server.engine.under_test import conversation
 from tests.tiny_models import TinyModel
 
 TURNS = [

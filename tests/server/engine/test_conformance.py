@@ -19,16 +19,15 @@ from steering.methods import sample_delta
 from steering.plan import Schedule, SteeringPlan
 from tests.server.engine.conftest import (
     TOLERANCE,
-    Answer,
     Serve,
     assert_equals_reference,
-    conversation,
     picture,
     random_delta,
     reference_last_hidden,
     reference_log_probs,
     sample_plan,
 )
+from tests.server.engine.under_test import Answer, conversation
 from tests.tiny_models import TinyModel
 
 CACHES = {"prefix_cache_bytes": 1 << 24, "vision_cache_bytes": 1 << 24}

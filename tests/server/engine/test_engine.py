@@ -21,13 +21,12 @@ from server.engine.types import (
     QueueFullError,
 )
 from tests.server.engine.conftest import (
-    Answer,
-    EngineUnderTest,
     picture,
     random_delta,
     sample_plan,
     wait_until,
 )
+from tests.server.engine.under_test import Answer, EngineUnderTest
 from tests.tiny_models import TinyModel
 
 Start = Callable[..., EngineUnderTest]

@@ -19,12 +19,12 @@ from server.engine.types import (
 )
 from tests.server.engine.conftest import (
     TOLERANCE,
-    EngineUnderTest,
     assert_equals_reference,
     picture,
     random_delta,
     sample_plan,
 )
+from tests.server.engine.under_test import EngineUnderTest
 from tests.tiny_models import TinyModel, build_tiny_llava
 
 Start = Callable[..., EngineUnderTest]

@@ -11,7 +11,7 @@ from PIL import Image
 from server.engine.families import image_token_id
 from server.engine.types import EngineInputs, InputError, Prompt
 from steering.corruption import image_digest
-from tests.server.engine.conftest import conversation, picture
+from tests.server.engine.conftest import picture
 from tests.server.engine.prompts import (
     CASES,
     IMAGES,
@@ -22,6 +22,7 @@ from tests.server.engine.prompts import (
     own_positions,
     whole,
 )
+from tests.server.engine.under_test import conversation
 from tests.tiny_models import BUILDERS, TinyModel
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from server.engine.pictures import Picture
 from server.engine.types import EngineInputs, PairError
 from steering.corruption import CORRUPTIONS, Corruption, corrupt
-from tests.server.engine.conftest import conversation, picture
+from tests.server.engine.conftest import picture
 from tests.server.engine.prompts import (
     CASES,
     IMAGES,
@@ -23,6 +23,7 @@ from tests.server.engine.prompts import (
     own_positions,
     whole,
 )
+from tests.server.engine.under_test import conversation
 from tests.tiny_models import TinyModel
 from tests.tiny_tokenizers import PICTURES_FIRST_TEMPLATE
 

@@ -17,14 +17,12 @@ from steering.layers import decoder_layers
 from steering.projection import Reference
 from tests.server.engine.conftest import (
     TOLERANCE,
-    Answer,
-    EngineUnderTest,
-    conversation,
     picture,
     random_delta,
     sample_plan,
     wait_until,
 )
+from tests.server.engine.under_test import Answer, EngineUnderTest, conversation
 from tests.tiny_models import TinyModel
 
 Start = Callable[..., EngineUnderTest]

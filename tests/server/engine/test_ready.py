@@ -17,13 +17,13 @@ from server.engine.types import (
     NotAcceptingError,
 )
 from tests.server.engine.conftest import (
-    EngineUnderTest,
     loaded,
     picture,
     random_delta,
     sample_plan,
     wait_until,
 )
+from tests.server.engine.under_test import EngineUnderTest
 from tests.tiny_models import TinyModel, build_tiny_llava
 
 Start = Callable[..., EngineUnderTest]

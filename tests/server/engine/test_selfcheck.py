@@ -12,13 +12,13 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from server.engine.engine import EmbeddedEngine, EngineConfig
 from server.engine.types import EngineError
 from tests.server.engine.conftest import (
-    EngineUnderTest,
     assert_equals_reference,
     loaded,
     picture,
     random_delta,
     sample_plan,
 )
+from tests.server.engine.under_test import EngineUnderTest
 from tests.tiny_models import TinyModel, build_tiny_llava
 
 Start = Callable[..., EngineUnderTest]

@@ -17,7 +17,8 @@ from server.engine.types import (
 )
 from steering.methods import GateReader, RowSteering
 from steering.plan import Gate, SteeringPlan
-from tests.server.engine.conftest import Serve, conversation, picture, sample_plan
+from tests.server.engine.conftest import Serve, picture, sample_plan
+from tests.server.engine.under_test import conversation
 from tests.tiny_models import TinyModel
 
 PROMPT = Prompt((1, 2, 3), (), torch.arange(3)[None], 3)

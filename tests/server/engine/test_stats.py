@@ -10,12 +10,12 @@ from server.engine.stats import CacheUse, Histogram
 from server.engine.steering_pass import SteeringPass
 from server.engine.types import EngineError, Failed, Finished
 from tests.server.engine.conftest import (
-    EngineUnderTest,
     loaded,
     picture,
     random_delta,
     sample_plan,
 )
+from tests.server.engine.under_test import EngineUnderTest
 from tests.tiny_models import TinyModel
 
 Start = Callable[..., EngineUnderTest]
