@@ -20,6 +20,7 @@ from starlette.responses import Response
 from server.config import PREFIX, Settings
 from server.control import Control
 from server.directory import TenantDirectory
+from server.documents import PolicyFields
 from server.engine.api import Engine
 from server.engine.threads import take_one_core
 from server.engine.types import EngineError
@@ -157,12 +158,7 @@ def build_engine(settings: Settings) -> Engine:
 
 def build_services(settings: Settings, engine: Engine, store: Store, writable: Store) -> Services:
     """Raises ConfigError for a schedule that the model has no layers for."""
-    fields = default_fields(settings)
-    try:
-        Schedule.parse(fields.schedule).layers(engine.identity.num_layers)
-    except PlanError as error:
-        raise ConfigError(f"{PREFIX}SCHEDULE: {error}") from None
-    directory = TenantDirectory(fields)
+    directory = TenantDirectory(_fitting_fields(settings, engine.identity.num_layers))
     metrics = Metrics(
         settings.served_model_name or engine.identity.model_id,
         TenantLabels(directory, settings.metrics_tenants),
@@ -196,6 +192,15 @@ def build_services(settings: Settings, engine: Engine, store: Store, writable: S
         bodies=BodyBudget(settings.max_buffered_bytes),
         metrics=metrics,
     )
+
+
+def _fitting_fields(settings: Settings, num_layers: int) -> PolicyFields:
+    fields = default_fields(settings)
+    try:
+        Schedule.parse(fields.schedule).layers(num_layers)
+    except PlanError as error:
+        raise ConfigError(f"{PREFIX}SCHEDULE: {error}") from None
+    return fields
 
 
 def _media_limits(settings: Settings) -> MediaLimits:

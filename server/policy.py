@@ -183,16 +183,9 @@ def decide(
             "the operators have stopped requests with pictures; text is served",
             code="steering_killed",
         )
-    if wanted.mode == "off":
-        return _unsteered(policy, "disabled")
-    if wanted.alpha == 0:
-        return _unsteered(policy, "alpha-zero")
-    if not has_images:
-        return _unsteered(policy, "text-only")
-    if kill == "unsteered":
-        return _unsteered(policy, "kill-switch")
-    if not policy.is_rolled_out(unit):
-        return _unsteered(policy, "rollout")
+    reason = _why_unsteered(wanted, has_images, kill, unit)
+    if reason is not None:
+        return _unsteered(policy, reason)
     if wanted.needs_vectors and vectors is None:
         return unsteerable(
             policy,
@@ -226,6 +219,19 @@ def unsteerable(policy: Policy, mode: Mode, problem: str) -> SteeringPlan:
         f"this request is to be steered by {by}, and {problem}; /ready says why",
         code="vectors_unavailable" if mode == "dataset" else "shift_unavailable",
     )
+
+
+def _why_unsteered(wanted: Policy, has_images: bool, kill: KillAction, unit: str) -> Reason | None:
+    """The first reason not to steer; None: the request is to be steered."""
+    if wanted.mode == "off":
+        return "disabled"
+    if wanted.alpha == 0:
+        return "alpha-zero"
+    if not has_images:
+        return "text-only"
+    if kill == "unsteered":
+        return "kill-switch"
+    return None if wanted.is_rolled_out(unit) else "rollout"
 
 
 def _unsteered(policy: Policy, reason: Reason) -> SteeringPlan:

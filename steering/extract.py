@@ -55,16 +55,7 @@ def extract(
         )
     image = corrupt(Image.new("RGB", image_size, "white"), corruption)
     sums = _Sums(loaded.identity.num_layers, loaded.identity.hidden_size, keep=basis_rank > 0)
-    for start in range(0, len(anchors), batch_size):
-        batch = anchors.anchors[start : start + batch_size]
-        texts = [anchor.text for anchor in batch]
-        try:
-            with_image = last_hidden(loaded.model, loaded.processor, texts, image)
-            text_only = last_hidden(loaded.model, loaded.processor, texts, None)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(f"out of memory at batch size {batch_size}; lower it") from error
-        sums.add(batch, with_image.cpu(), text_only.cpu())
-        on_progress(len(batch))
+    _add_all(sums, loaded, anchors, image, batch_size, on_progress)
     basis, singular_values = sums.basis(basis_rank)
     return ShiftVectors(
         manifest=Manifest(
@@ -85,6 +76,27 @@ def extract(
         refusal_direction=sums.refusal_direction(),
         text_mean=sums.text_mean(),
     )
+
+
+def _add_all(
+    sums: "_Sums",
+    loaded: LoadedModel,
+    anchors: AnchorSet,
+    image: Image.Image,
+    batch_size: int,
+    on_progress: Callable[[int], object],
+) -> None:
+    """Run every anchor with the image and without one, and add what the states were."""
+    for start in range(0, len(anchors), batch_size):
+        batch = anchors.anchors[start : start + batch_size]
+        texts = [anchor.text for anchor in batch]
+        try:
+            with_image = last_hidden(loaded.model, loaded.processor, texts, image)
+            text_only = last_hidden(loaded.model, loaded.processor, texts, None)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"out of memory at batch size {batch_size}; lower it") from error
+        sums.add(batch, with_image.cpu(), text_only.cpu())
+        on_progress(len(batch))
 
 
 @torch.inference_mode()

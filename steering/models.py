@@ -62,28 +62,11 @@ def load_model(
     auto, cpu, cuda or cuda:N; auto is the GPU where there is one. Weights are read from
     safetensors files only. Raises ModelError, with what to change.
     """
-    from transformers import AutoModelForImageTextToText
-
-    from steering.processors import load_processor
-
     place = device_of(device)
     directory, model_id, commit = _checkpoint(model, revision)
     _refuse_text_only(directory, model)
     chosen = default_dtype(place) if dtype == "auto" else _dtype(dtype)
-    try:
-        processor = load_processor(str(directory))
-        loaded, found = AutoModelForImageTextToText.from_pretrained(
-            directory,
-            dtype=chosen,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{model}: cannot be loaded: {_first_line(error)}") from error
-    if found["missing_keys"]:  # transformers would go on with random numbers
-        missing = sorted(found["missing_keys"])
-        raise ModelError(f"{model}: {len(missing)} weights are missing, first {missing[0]}")
+    loaded, processor = _read(directory, chosen, model)
     chat_template_digest(processor, model)
     loaded = loaded.to(place).eval().requires_grad_(False)
     return LoadedModel(
@@ -97,6 +80,29 @@ def load_model(
             weights_digest=directory_digest(directory),
         ),
     )
+
+
+def _read(directory: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
+    """The model, on the CPU, and its processor. name: what errors call them by."""
+    from transformers import AutoModelForImageTextToText
+
+    from steering.processors import load_processor
+
+    try:
+        processor = load_processor(str(directory))
+        loaded, found = AutoModelForImageTextToText.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(found["missing_keys"])
+        raise ModelError(f"{name}: {len(missing)} weights are missing, first {missing[0]}")
+    return loaded, processor
 
 
 def identity_of(

@@ -5,7 +5,7 @@ so that the client takes as little as it can of the machine that it measures.
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -72,31 +72,16 @@ def record(
     arrivals: Sequence[Arrival], *, start_s: float = 0.0, steering: str = ""
 ) -> StreamRecord:
     """What a stream's stamped bytes say."""
-    times: list[float] = []
-    texts: list[str] = []
-    usage: dict[str, Any] = {}
-    applied: dict[str, Any] = {}
-    revisions: dict[int | None, None] = {}
-    error, is_finished = "", False
+    read = _Read()
     for moment, data in _events(arrivals):
-        if data == "[DONE]":
-            continue
-        event = json.loads(data)
-        usage = event.get("usage") or usage
-        applied = event.get("steering") or applied
-        revisions[event.get("steering_revision")] = None
-        error = error or str(event.get("error") or "")
-        choices = event.get("choices") or []
-        is_finished |= any(choice.get("finish_reason") for choice in choices)
-        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
-        if text or any((choice.get("logprobs") or {}).get("content") for choice in choices):
-            times.append(moment)
-            texts.append(text)
-    if not is_finished:
-        error = error or "the stream broke off: no chunk has a finish_reason"
+        if data != "[DONE]":
+            read.add(moment, json.loads(data))
+    if not read.is_finished:
+        read.fail("the stream broke off: no chunk has a finish_reason")
+    times, usage, applied = read.times, read.usage, read.applied
     if not times:
-        error = error or "the stream held no text"
-        return StreamRecord(start_s, steering=steering, error=error)
+        read.fail("the stream held no text")
+        return StreamRecord(start_s, steering=steering, error=read.error)
     return StreamRecord(
         start_s=start_s,
         time_to_first_token_s=times[0],
@@ -106,13 +91,42 @@ def record(
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
         counted_by="usage" if "completion_tokens" in usage else "chunks",
         gaps_s=tuple(after - before for before, after in zip(times, times[1:], strict=False)),
-        text="".join(texts),
+        text="".join(read.texts),
         steering=steering,
         overhead_ms=applied.get("overhead_ms"),
         shift_ms=applied.get("shift_ms"),
-        revisions=tuple(revisions),
-        error=error,
+        revisions=tuple(read.revisions),
+        error=read.error,
     )
+
+
+@dataclass
+class _Read:
+    """What the events so far have said; `times` and `texts` of the content chunks."""
+
+    times: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
+    applied: dict[str, Any] = field(default_factory=dict)
+    revisions: dict[int | None, None] = field(default_factory=dict)  # a set that keeps the order
+    error: str = ""
+    is_finished: bool = False
+
+    def add(self, moment: float, event: dict[str, Any]) -> None:
+        self.usage = event.get("usage") or self.usage
+        self.applied = event.get("steering") or self.applied
+        self.revisions[event.get("steering_revision")] = None
+        self.fail(str(event.get("error") or ""))
+        choices = event.get("choices") or []
+        self.is_finished |= any(choice.get("finish_reason") for choice in choices)
+        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+        if text or any((choice.get("logprobs") or {}).get("content") for choice in choices):
+            self.times.append(moment)
+            self.texts.append(text)
+
+    def fail(self, error: str) -> None:
+        """The first error counts."""
+        self.error = self.error or error
 
 
 def _events(arrivals: Sequence[Arrival]) -> Iterator[tuple[float, str]]:

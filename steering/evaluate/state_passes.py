@@ -69,14 +69,7 @@ def measure_states(
     items = _sample(run.items(), num, seed)
     if len(items) < 2:
         raise EvaluationError(f"{run_dir}: states need two harmful or harmless prompts or more")
-    rows, doses = [], []
-    with steer(decoder_layers(loaded.model)) as injector:
-        passes = Passes(loaded, injector)
-        for done, item in enumerate(items, start=1):
-            states, dose_of = passes.of(item, steered)
-            rows.append(states)
-            doses.append(dose_of)
-            progress(done, len(items))
+    rows, doses = _measured(loaded, items, steered, progress)
     about = {
         "groups": [*PLAIN, *(each.condition for each in steered)],
         "kinds": ["harmful" if item.kind == "harmful" else "harmless" for item in items],
@@ -86,7 +79,25 @@ def measure_states(
         "vectors": [each.id for each in vectors],
         "skipped": skipped,
     }
-    return _summed(about, layers, torch.stack(rows), torch.stack(doses))
+    return _summed(about, layers, rows, doses)
+
+
+def _measured(
+    loaded: LoadedModel,
+    items: Sequence[Item],
+    steered: Sequence[Steered],
+    progress: Callable[[int, int], None],
+) -> tuple[Tensor, Tensor]:
+    """(N, G, L, D) states, and (N, C, L) relative doses of the steered conditions."""
+    rows, doses = [], []
+    with steer(decoder_layers(loaded.model)) as injector:
+        passes = Passes(loaded, injector)
+        for done, item in enumerate(items, start=1):
+            states, dose_of = passes.of(item, steered)
+            rows.append(states)
+            doses.append(dose_of)
+            progress(done, len(items))
+    return torch.stack(rows), torch.stack(doses)
 
 
 def plans_of(run: RunDir, vectors: Sequence[ShiftVectors]) -> tuple[list[Steered], dict[str, str]]:
