@@ -101,6 +101,7 @@ class VectorCatalogue:
         alias in question names any more are let go; a request keeps its own.
         """
         if targets == self._targets and in_use == self._in_use:
+            self._note_settled()  # also where there has been nothing to follow from the first
             return
         known_missing = self._in_use - self._targets.keys()
         self._targets, self._in_use = dict(targets), in_use

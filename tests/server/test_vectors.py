@@ -168,6 +168,14 @@ async def test_steering_off_and_the_sample_level_are_ready_without_vectors(
     assert catalogue.is_ready_for(policy_of(steering_mode="sample", max_relative_dose=0.05))
 
 
+async def test_with_nothing_to_read_there_is_nothing_to_wait_for(
+    catalogue: VectorCatalogue,
+) -> None:
+    """A server without aliases whose policy uses none waited START_WAIT_S at every start."""
+    catalogue.follow({}, frozenset())
+    await asyncio.wait_for(catalogue.wait_until_settled(), 1)
+
+
 async def test_a_sample_plan_has_no_delta_yet_and_a_schedule_that_fits(
     catalogue: VectorCatalogue,
 ) -> None:
