@@ -60,6 +60,7 @@ async def measure(
     *,
     num_tenants: int = NUM_TENANTS,
     num_processes: int = NUM_PROCESSES,
+    num_counted: int = NUM_COUNTED,
 ) -> Toggle:
     """`num_changes` by all ways in turn and a few by whole processes, while as many chats as the
     largest of `streams` are under way, shared by the replicas (`columns`, in the fleet's order).
@@ -72,14 +73,12 @@ async def measure(
         watch = await stack.enter_async_context(_watched(fleet))
         operator = _Operator(watch, itertools.cycle((fleet.policy.alpha / 2, fleet.policy.alpha)))
         ways = await _ways(stack, fleet, store)
-        costs = [await _cost(fleet, store, operator, more) for more in (0, num_tenants)]
+        costs = [
+            await _cost(fleet, store, operator, more, num_counted) for more in (0, num_tenants)
+        ]
         started = time.monotonic()
         async with _load(columns, prompts, max(effort.streams), effort.max_tokens) as answers:
-            made = []
-            for way in itertools.islice(itertools.cycle(ways), effort.num_changes):
-                progress("changes of alpha")
-                await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE_S))
-                made.append(await operator.change(way))
+            made = await _in_turn(operator, ways, effort.num_changes, progress)
             processes = []
             for _ in range(num_processes):
                 progress("changes by new processes")
@@ -126,12 +125,25 @@ class _Operator:
         return Change(way.name, sent.revision, sent.at, math.nan, tuple(applied))
 
 
-async def _cost(fleet: Fleet, store: Store, operator: _Operator, num_more: int) -> StoreCost:
-    """Of changes when there are so many tenants more."""
+async def _in_turn(
+    operator: _Operator, ways: Sequence[Way], num: int, progress: Progress
+) -> list[Change]:
+    made = []
+    for way in itertools.islice(itertools.cycle(ways), num):
+        progress("changes of alpha")
+        await asyncio.sleep(random.uniform(0, _LONGEST_PAUSE_S))
+        made.append(await operator.change(way))
+    return made
+
+
+async def _cost(
+    fleet: Fleet, store: Store, operator: _Operator, num_more: int, num_counted: int
+) -> StoreCost:
+    """Of `num_counted` changes when there are so many tenants more."""
     await add_tenants(store, fleet.policy, num_more)
     change = partial(operator.change, ByCommand(Control(store)))
     await change()  # now everybody has taken up the tenants, too
-    return await store_cost(fleet.store_url, 1 + num_more, NUM_COUNTED, change)
+    return await store_cost(fleet.store_url, 1 + num_more, num_counted, change)
 
 
 async def _ways(stack: AsyncExitStack, fleet: Fleet, store: Store) -> list[Way]:

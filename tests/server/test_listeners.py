@@ -83,17 +83,18 @@ def test_each_listener_has_its_own_paths_and_both_stop_on_sigterm(
 ) -> None:
     key = {"authorization": "Bearer operator-key-of-alice"}
     tenants = "/admin/v1/tenants"
-    assert httpx.get(server_process.admin_url + tenants, headers=key).status_code == 200
-    assert httpx.get(server_process.admin_url + tenants).status_code == 401
-    assert httpx.get(server_process.url + tenants).status_code == 404
-    # An operator's key is no client's, and operators' listener answers no client.
-    answer = httpx.post(server_process.url + PATH, json=chat_body(), headers=key)
-    assert answer.status_code == 401
-    answer = httpx.post(server_process.admin_url + PATH, json=chat_body(), headers=key)
-    assert answer.status_code == 404
-    for url in (server_process.url, server_process.admin_url):
-        assert httpx.get(url + "/health").status_code == 200
-        assert httpx.get(url + "/ready").status_code == 200
+    with httpx.Client() as client:
+        assert client.get(server_process.admin_url + tenants, headers=key).status_code == 200
+        assert client.get(server_process.admin_url + tenants).status_code == 401
+        assert client.get(server_process.url + tenants).status_code == 404
+        # An operator's key is no client's, and operators' listener answers no client.
+        answer = client.post(server_process.url + PATH, json=chat_body(), headers=key)
+        assert answer.status_code == 401
+        answer = client.post(server_process.admin_url + PATH, json=chat_body(), headers=key)
+        assert answer.status_code == 404
+        for url in (server_process.url, server_process.admin_url):
+            assert client.get(url + "/health").status_code == 200
+            assert client.get(url + "/ready").status_code == 200
     server_process.process.send_signal(signal.SIGTERM)
     assert "Traceback" not in server_process.end()
 
@@ -102,13 +103,14 @@ def test_a_header_does_not_choose_the_address_whose_wrong_keys_are_counted(
     server_process: ServerProcess,
 ) -> None:
     """Whoever guessed from this machine had a new address with every guess."""
-    answers = [
-        httpx.get(
-            f"{server_process.admin_url}/admin/v1/tenants",
-            headers={"authorization": "Bearer wrong", "x-forwarded-for": f"10.0.0.{number}"},
-        )
-        for number in range(11)
-    ]
+    with httpx.Client(headers={"authorization": "Bearer wrong"}) as client:
+        answers = [
+            client.get(
+                f"{server_process.admin_url}/admin/v1/tenants",
+                headers={"x-forwarded-for": f"10.0.0.{number}"},
+            )
+            for number in range(11)
+        ]
     assert [each.status_code for each in answers] == [401] * 10 + [429]
 
 

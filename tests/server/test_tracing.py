@@ -78,7 +78,7 @@ class Collector:
 @contextmanager
 def running_collector() -> Iterator[Collector]:
     collector = Collector()
-    thread = threading.Thread(target=collector.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=collector.server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield collector

@@ -131,6 +131,7 @@ async def measured(found: Fleet, num_processes: int = 1) -> Toggle:
             lambda _: None,
             num_tenants=10,
             num_processes=num_processes,
+            num_counted=3,
         )
 
 

@@ -120,8 +120,10 @@ async def test_a_paused_server_is_an_error_within_the_timeout(
     store, idle = opened(own_redis.url()), opened(own_redis.url())
     await store.commit({"a": "1"}, {}, "")
     own_redis.pause()
-    await failure(store.changes())
-    await failure(idle.changes(), 4.5)  # connects, and then gets no answer
+    await asyncio.gather(
+        failure(store.changes()),
+        failure(idle.changes(), 4.5),  # connects, and then gets no answer
+    )
     own_redis.resume()
     assert (await store.changes()).revision == 1
 
