@@ -64,7 +64,7 @@ def _part(
     by_products: bool,
 ) -> Queries:
     part = Queries(first, end, chunk.start + end, torch.empty(0), by_products)
-    num_keys = PromptCache.room(part.num_keys) if by_products else part.num_keys
+    num_keys = PromptCache.room_for(part.num_keys) if by_products else part.num_keys
     places = torch.arange(first, end + part.padding, device=device)[:, None] + chunk.start
     hidden = torch.arange(num_keys, device=device) > places
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)

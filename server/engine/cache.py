@@ -20,22 +20,23 @@ Row = TypeVar("Row", bound=Hashable)
 class PromptCache:
     """The KV of one prompt, filled chunk by chunk: `kv` (L, 2, H, length, Dh).
 
-    On a CPU there is room behind it, of zeros that take no memory until they are touched: attention
-    over many keys takes them in multiples of STEP.
+    That is the beginning of `memory` (L, 2, H, room, Dh). The room behind it is there on a CPU
+    only, of zeros that take no memory until they are touched: attention over many keys takes them
+    in multiples of STEP.
     """
 
     STEP = 256
 
     def __init__(self, shape: KVShape, length: int) -> None:
         self.length = length
-        room = self.room(length) if shape.device.type == "cpu" else length
-        size = (shape.num_layers, 2, shape.num_heads, room, shape.head_dim)
-        self._memory = paged_zeros(size, shape.dtype, shape.device)
-        self.kv = self._memory[..., :length, :]
+        self.room = self.room_for(length) if shape.device.type == "cpu" else length
+        size = (shape.num_layers, 2, shape.num_heads, self.room, shape.head_dim)
+        self.memory = paged_zeros(size, shape.dtype, shape.device)
+        self.kv = self.memory[..., :length, :]
         self._start = 0
 
     @classmethod
-    def room(cls, length: int) -> int:
+    def room_for(cls, length: int) -> int:
         """Tokens that there is room for in a cache of `length`."""
         return -(-length // cls.STEP) * cls.STEP
 
@@ -51,7 +52,7 @@ class PromptCache:
     def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """kv (2, H, T, Dh): store it and return all keys and values with the room behind them,
         (H, room, Dh) each."""
-        own = self._memory[layer]
+        own = self.memory[layer]
         own[:, :, self._start : self._start + kv.shape[2]] = kv
         return own[0], own[1]
 

@@ -1,8 +1,7 @@
-"""The fused pass with its decode steps by kernels of this project's own (kernels.cpp).
+"""The fused pass with kernels of this project's own (kernels.cpp) between its products.
 
-Passes of rows alone run each layer as four products and five kernels; passes with prompts run as
-fused.py's. Steering stays between the layers, on the same float32 stream, and the slabs are the
-same, so a row may go from one kind of pass to the other at any step.
+Each layer is four products and as many kernels, for prompts' tokens and rows together. Steering
+stays between the layers, on the same float32 stream.
 
 Why not `torch.compile`: called layer by layer, as steering wants it, each call costs 110
 microseconds before anything is computed, Dynamo's and AOTAutograd's. One layer of the demonstration
@@ -14,12 +13,12 @@ kernels have no graph, so no number of rows and no width ever makes one anew.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from server.engine.batch import Batch
 from server.engine.fused import FusedDecoder, Layer, Packing
 from server.engine.kernels import Kernels
-from server.engine.slab import Slab
 from server.engine.types import EngineError
 from steering.layers import decoder_layers
 
@@ -35,10 +34,9 @@ class CompiledDecoder(FusedDecoder):
         super().__init__(model)
 
     def _pass(self, batch: Batch, packing: Packing, hidden: Tensor) -> Callable[[int], None]:
-        if batch.chunks:
-            return super()._pass(batch, packing, hidden)
-        step = _Step(self._kernels, batch, hidden, self._rotary_tables(batch, 0))
-        return lambda number: step.run(self._layers[number])
+        rotary = self._rotary_tables(batch, packing.padding)
+        layers = _Pass(self._kernels, packing, hidden, rotary)
+        return lambda number: layers.run(self._layers[number])
 
 
 def _check(model: Any) -> None:
@@ -52,21 +50,24 @@ def _check(model: Any) -> None:
             raise EngineError(f"decoder compiled knows SiLU, not {name}; choose decoder auto")
 
 
-class _Step:
-    """One pass of rows alone, whose stream `hidden` (N, D) float32 it changes in place."""
+class _Pass:
+    """The layers of one pass, whose stream `hidden` (N, D) float32 they change in place."""
 
     def __init__(
-        self, kernels: Kernels, batch: Batch, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+        self, kernels: Kernels, packing: Packing, hidden: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> None:
         self._kernels = kernels
         self._hidden = hidden
-        cos, sin = rotary
-        self._slabs: list[tuple[Slab, slice, tuple[Tensor, Tensor], Tensor]] = []
-        end = 0
-        for rows in batch.slabs:
-            place, end = slice(end, end + len(rows.embeds)), end + len(rows.embeds)
-            tables = cos[place].contiguous(), sin[place].contiguous()
-            self._slabs.append((rows.slab, place, tables, rows.lengths.contiguous()))
+        self._rotary = rotary[0].contiguous(), rotary[1].contiguous()
+        chunks = [
+            (place.start, len(chunk), chunk.start, chunk.cache.room, chunk.cache.memory.data_ptr())
+            for chunk, place in packing.chunks
+        ]
+        self._chunks = torch.tensor(chunks, dtype=torch.long)
+        self._slabs = [
+            (slab, place, (self._rotary[0][place], self._rotary[1][place]), lengths.contiguous())
+            for slab, place, lengths in packing.slabs
+        ]
 
     def run(self, layer: Layer) -> None:
         """Add a layer's attention and MLP to the stream."""
@@ -79,8 +80,13 @@ class _Step:
         kernels.add(hidden, layer.down(kernels.silu_and_multiply(layer.gate_up(x))))
 
     def _attend(self, layer: Layer, qkv: Tensor) -> Tensor:
-        """qkv (N, (Hq + 2 H) * Dh) -> (N, Hq * Dh)."""
-        out = qkv.new_empty(len(qkv), layer.num_heads * layer.head_dim)
+        """qkv (N, (Hq + 2 H) * Dh) -> (N, Hq * Dh); of no meaning where tokens are padding."""
+        out = qkv.new_zeros(len(qkv), layer.num_heads * layer.head_dim)
+        if len(self._chunks):
+            heads = layer.num_kv_heads, layer.group, layer.head_dim
+            self._kernels.attend_chunks(
+                qkv, self._rotary, self._chunks, layer.number, heads, layer.scaling, out
+            )
         for slab, place, tables, lengths in self._slabs:
             keys, values = slab.of_layer(layer.number)
             self._kernels.attend(

@@ -3,8 +3,8 @@
 For decoders of Llama's shape. All tokens of a pass, whatever request they belong to, go through
 the matrices together; only attention looks at each prompt and at the rows apart. The residual
 stream is kept in float32, so that a steering step of any size keeps its length. Equal to the
-model's own modules within rounding: eager.py is the reference that tests compare with. Decode
-steps may take kernels instead of operations (compiled.py).
+model's own modules within rounding: eager.py is the reference that tests compare with. Where a
+compiler is, kernels take the place of the operations between the products (compiled.py).
 
 Where a decode step's time goes (SmolLM2-135M, bf16, two AVX512 cores, ms at 1 / 16 rows): the
 model's own modules took 42 / 72, most of it in matrix products at half the speed of memory and in
@@ -153,15 +153,15 @@ class Packing:
 
     def __init__(self, batch: Batch, device: torch.device, group: int) -> None:
         dtype = (batch.chunks[0] if batch.chunks else batch.slabs[0]).embeds.dtype
-        self.chunks: list[tuple[Chunk, slice, list[Queries]]] = []
+        self.chunks: list[tuple[Chunk, slice]] = []
         self.slabs: list[tuple[Slab, slice, Tensor]] = []  # with the rows' lengths
-        self._dtype = dtype
+        self._dtype, self._device, self._group = dtype, device, group
         lasts, wanted = [], []
         end = 0
         for chunk in batch.chunks:
             place, end = slice(end, end + len(chunk)), end + len(chunk)
             chunk.cache.begin(chunk.start)
-            self.chunks.append((chunk, place, queries_of(chunk, group, dtype, device)))
+            self.chunks.append((chunk, place))
             lasts.append(end - 1)
             if chunk.wants_hidden:
                 wanted.append(end - 1)
@@ -178,9 +178,18 @@ class Packing:
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)
 
+    # Made where operations ask for them: kernels need no masks.
+
+    @cached_property
+    def queries(self) -> list[list[Queries]]:
+        """Of each chunk."""
+        return [
+            queries_of(chunk, self._group, self._dtype, self._device) for chunk, _ in self.chunks
+        ]
+
     @cached_property
     def row_masks(self) -> list[Tensor]:
-        """Of each slab's rows; once a pass, and only where operations ask for them."""
+        """Of each slab's rows."""
         return [row_mask(lengths, slab.width, self._dtype) for slab, _, lengths in self.slabs]
 
 
@@ -242,7 +251,7 @@ class Layer:
         torch.addcmul(rotated * cos, rolled, sin, out=rotated)
         q, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         parts = []
-        for chunk, place, queries in packing.chunks:
+        for (chunk, place), queries in zip(packing.chunks, packing.queries, strict=True):
             kv = torch.stack([key[place], value[place]]).transpose(1, 2)  # (2, H, T, Dh)
             keys, values = chunk.cache.append(self.number, kv)
             for part in queries:

@@ -1,6 +1,6 @@
-"""The decode step's own kernels (kernels.cpp): built at start for this processor, called by ctypes.
+"""The compiled pass' own kernels (kernels.cpp): built at start for this processor, and called.
 
-g++ makes them in a few seconds, into a file that is gone once it is loaded, so there
+By ctypes. g++ makes them in a few seconds, into a file that is gone once it is loaded, so there
 is no binary to ship, to keep or to mistrust. Does not know the layers (compiled.py).
 """
 
@@ -50,6 +50,10 @@ class Kernels:
             released, f"attend_{name}", [c_int64] * 5 + [c_void_p] * 6 + [c_float, c_void_p]
         )
         self._attend.restype = c_int
+        self._attend_chunks = _function(
+            released, f"attend_chunks_{name}", [c_int64] * 6 + [c_void_p] * 4 + [c_float, c_void_p]
+        )
+        self._attend_chunks.restype = c_int
         self._dtype = dtype
 
     def add_and_norm(
@@ -111,6 +115,38 @@ class Kernels:
         )
         if failed:
             raise EngineError("a row is longer than its slab is wide")
+
+    def attend_chunks(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        chunks: Tensor,
+        layer: int,
+        heads: tuple[int, int, int],
+        scaling: float,
+        out: Tensor,
+    ) -> None:
+        """Rotate, store and attend, for chunks of prompts, each token to those up to itself.
+
+        qkv (N, (Hq + 2 H) * Dh), rotary (N, 1, Dh) each; chunks (C, 5) int64: of each its first of
+        the N tokens, how many it has, how many of its prompt lie before them, and room and address
+        of the prompt's keys and values (L, 2, H, room, Dh), in place; heads: H, Hq / H, Dh; out
+        (N, Hq * Dh), of which the chunks' tokens are written. Raises EngineError where a chunk has
+        no room, having stored none.
+        """
+        failed = self._attend_chunks(
+            len(chunks),
+            len(qkv),
+            *heads,
+            layer,
+            chunks.data_ptr(),
+            qkv.data_ptr(),
+            *(table.data_ptr() for table in rotary),
+            scaling,
+            out.data_ptr(),
+        )
+        if failed:
+            raise EngineError("a chunk is longer than its prompt's cache")
 
 
 def _function(library: ctypes.CDLL, name: str, argument_types: list[Any]) -> Any:

@@ -28,7 +28,7 @@ def test_a_prompts_keys_are_all_there_after_each_chunk() -> None:
             keys, values = prompt.append(layer, kv[layer, :, :, start:end])
             assert torch.equal(keys[:, :end], kv[layer, 0, :, :end])
             assert torch.equal(values[:, :end], kv[layer, 1, :, :end])
-            assert keys.shape[1] == PromptCache.room(9) and not keys[:, end:].any()
+            assert keys.shape[1] == PromptCache.room_for(9) and not keys[:, end:].any()
     assert torch.equal(prompt.kv, kv)
     prompt.clear(4)
     assert torch.equal(prompt.kv[..., :4, :], kv[..., :4, :]) and not prompt.kv[..., 4:, :].any()

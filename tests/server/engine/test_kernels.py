@@ -1,4 +1,4 @@
-"""The decode step's kernels against torch's operations, and what is said where there are none."""
+"""The compiled pass' kernels against torch's operations, and what is said where there are none."""
 
 import math
 import shutil
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from server.engine import kernels as module
+from server.engine.cache import PromptCache
 from server.engine.kernels import Kernels
+from server.engine.slab import KVShape
 from server.engine.types import EngineError
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -174,6 +176,118 @@ def test_a_token_without_room_is_refused_and_nothing_is_written(length: int) -> 
     with pytest.raises(EngineError, match="longer than its slab"):
         Kernels(torch.float32).attend(**given)
     assert torch.equal(given["keys"], keys) and torch.equal(given["values"], values)
+
+
+# Attention of prompts' chunks
+
+
+class Chunks:
+    """Chunks of prompts (how many tokens, behind how many others), some tokens that are of none
+    before, between and behind them, and each prompt's cache, of two layers."""
+
+    def __init__(self, dtype: torch.dtype, case: Case, sizes: list[tuple[int, int]]) -> None:
+        heads, group, dim = case["heads"], case["group"], case["dim"]
+        shape = KVShape(2, heads, dim, dtype, torch.device("cpu"))
+        self.case, self.sizes, self.places, self.caches = case, sizes, list[int](), []
+        end = 1
+        for num, start in sizes:
+            self.places.append(end)
+            cache = PromptCache(shape, start + num + 3)
+            cache.kv.normal_()
+            self.caches.append(cache)
+            end += num + 2
+        self.qkv = torch.randn(end, (group + 2) * heads * dim).to(dtype)
+        self.rotary = tuple(torch.randn(2, end, 1, dim).to(dtype))
+        self.out = torch.full((end, heads * group * dim), 7.0, dtype=dtype)
+        self.before = [cache.kv.clone() for cache in self.caches]
+
+    @property
+    def table(self) -> Tensor:
+        return torch.tensor(
+            [
+                [place, num, start, cache.room, cache.memory.data_ptr()]
+                for place, (num, start), cache in zip(
+                    self.places, self.sizes, self.caches, strict=True
+                )
+            ]
+        )
+
+    def attend(self, layer: int = 1) -> None:
+        heads = self.case["heads"], self.case["group"], self.case["dim"]
+        cos, sin = self.rotary
+        kernels = Kernels(self.qkv.dtype)
+        kernels.attend_chunks(self.qkv, (cos, sin), self.table, layer, heads, 0.3, self.out)
+
+    def expected(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a chunk in float64: its keys and values (H, T, Dh), and (T, Hq * Dh)."""
+        heads, group, dim = self.case["heads"], self.case["group"], self.case["dim"]
+        num, start = self.sizes[number]
+        place = slice(self.places[number], self.places[number] + num)
+        q, key, value = (
+            part.unflatten(1, (-1, dim)).transpose(0, 1)
+            for part in self.qkv[place].double().split([heads * group * dim] + 2 * [heads * dim], 1)
+        )
+        cos, sin = (table[place, 0].double() for table in self.rotary)
+        q, key = (x * cos + x.roll(dim // 2, -1) * sin for x in (q, key))
+        held = self.before[number][1, :, :, :start].double()
+        keys = torch.cat([held[0], key], 1).repeat_interleave(group, 0)
+        values = torch.cat([held[1], value], 1).repeat_interleave(group, 0)
+        unseen = torch.ones(num, start + num, dtype=torch.bool).triu(start + 1)
+        scores = (0.3 * q @ keys.mT).masked_fill(unseen, -math.inf)
+        return key, value, (torch.softmax(scores, -1) @ values).transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "sizes",
+    [[(1, 0)], [(5, 0), (1, 300), (17, 40)], [(70, 31)], [(100, 0), (100, 0), (33, 500)]],
+    ids=str,
+)
+def test_attention_of_chunks(dtype: torch.dtype, case: Case, sizes: list[tuple[int, int]]) -> None:
+    """Each token over its own prompt's up to itself; keys and values are stored at their places,
+    and nothing else is written."""
+    chunks = Chunks(dtype, case, sizes)
+    expected = [chunks.expected(number) for number in range(len(sizes))]
+    chunks.attend()
+    others = torch.ones(len(chunks.out), dtype=torch.bool)
+    for number, (key, value, out) in enumerate(expected):
+        num, start = sizes[number]
+        place = slice(chunks.places[number], chunks.places[number] + num)
+        kv, before = chunks.caches[number].kv, chunks.before[number]
+        close(kv[1, 0, :, start : start + num], key)
+        close(kv[1, 1, :, start : start + num], value)
+        before[1, :, :, start : start + num] = kv[1, :, :, start : start + num]
+        assert torch.equal(kv, before)
+        rounding = 1e-4 if dtype == torch.float32 else 0.05
+        error = (chunks.out[place].double() - out).norm(dim=-1) / out.norm(dim=-1)
+        assert float(error.max()) < rounding
+        others[place] = False
+    assert bool((chunks.out[others] == 7.0).all())
+
+
+def test_tokens_after_one_that_is_no_number_and_no_others_are_none(dtype: torch.dtype) -> None:
+    chunks = Chunks(dtype, CASES["the demonstration model's"], [(40, 10), (20, 10)])
+    chunks.qkv[1 + 25, -1] = math.nan  # a value of the last key head
+    chunks.caches[1].memory[1, :, :, 30:] = math.nan  # behind what the second one has
+    chunks.attend()
+    heads = chunks.out.unflatten(1, (9, 64))
+    assert heads[1:41, :6].isfinite().all() and heads[43:63].isfinite().all()
+    assert heads[26:41, 6:, -1].isnan().all()
+
+
+@pytest.mark.parametrize("change", [{1: 600}, {2: -1}, {2: 10**12}, {0: -1}, {0: 30}])
+def test_a_chunk_without_room_is_refused_and_nothing_is_written(change: dict[int, int]) -> None:
+    chunks = Chunks(torch.float32, CASES["a key for each head"], [(3, 5), (20, 7)])
+    table = chunks.table
+    for column, number in change.items():
+        table[1, column] = number
+    heads, (cos, sin) = (4, 1, 16), chunks.rotary
+    with pytest.raises(EngineError, match="longer than its prompt's cache"):
+        Kernels(torch.float32).attend_chunks(
+            chunks.qkv, (cos, sin), table, 1, heads, 0.3, chunks.out
+        )
+    for cache, before in zip(chunks.caches, chunks.before, strict=True):
+        assert torch.equal(cache.kv, before)
 
 
 # What cannot be built
