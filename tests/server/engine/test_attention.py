@@ -56,7 +56,7 @@ def test_each_token_sees_all_up_to_itself(start: int, end: int, behind: int) -> 
     parts = queries_of(chunk, GROUP, torch.float32, CPU)
     assert [part.first for part in parts[1:]] == [part.end for part in parts[:-1]]
     assert parts[0].first == 0 and parts[-1].end == end - start
-    room_keys, room_values = chunk.cache._memory[0]
+    room_keys, room_values = chunk.cache.memory[0]
     out = torch.cat([attend_chunk(q, room_keys, room_values, part, 0.3) for part in parts])
     torch.testing.assert_close(out.double(), expected(q, keys, values, start), atol=1e-5, rtol=0)
 
