@@ -83,6 +83,12 @@ class Console:
         fields: PolicyFields = self.do(self.control.tenant(name)).document.policy
         return fields
 
+    def is_in_step(self, name: str) -> bool:
+        """Whether the replica's last heartbeat told the store's newest revision."""
+        told = json.loads(self.do(self.store.replicas()).get(name, "{}"))
+        newest: int = self.do(self.store.changes()).revision
+        return told.get("revision") == newest
+
     def beat(self, name: str, **changes: Any) -> None:
         """A heartbeat of another replica, in step but for `changes`."""
         status = {

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHR
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 XSS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 PAGES = ("/", "/new-tenant", "/tenants/acme", "/vectors", "/audit", "/tenants/nobody")
+REFRESH_MS = 3000  # as in console.js
 Opened = Callable[..., Page]
 
 
@@ -66,6 +67,18 @@ def opened(browser: Browser, console: Console) -> Iterator[Opened]:
     assert complaints == []
 
 
+def with_clock(page: Page) -> Page:
+    """The page anew, with a clock that `renew` can put forward."""
+    page.clock.install()
+    page.reload()
+    return page
+
+
+def renew(page: Page) -> None:
+    """Let the time of the page's next refresh come."""
+    page.clock.fast_forward(REFRESH_MS)
+
+
 def save(page: Page, reason: str = "because") -> None:
     page.locator("#policy-reason").fill(reason)
     page.get_by_role("button", name="Save").click()
@@ -86,13 +99,15 @@ def test_a_wrong_key_does_not_sign_in(opened: Opened) -> None:
 
 def test_a_changed_alpha_is_seen_in_force(opened: Opened, console: Console) -> None:
     console.create(alpha=0.5)
-    page = opened("/tenants/acme")
+    page = with_clock(opened("/tenants/acme"))
     page.get_by_label("Alpha", exact=True).fill("0.8")
     expect(page.locator("#alpha-text")).to_contain_text("stronger by 0.3 than in force")
     save(page, "stronger for the trial")
     expect(page.get_by_role("status").filter(has_text="Policy saved")).to_be_visible()
     expect(page.locator("#facts .big")).to_have_text("0.8")
-    # The page renews itself until the replica has told that it is in force there.
+    # The page renews itself, by when the replica has told that it is in force there.
+    wait_until(lambda: console.is_in_step("one"))
+    renew(page)
     expect(page.locator("#facts")).to_contain_text("one in force 0.8", timeout=10_000)
     expect(page.locator("#history")).to_contain_text("stronger for the trial")
     assert console.policy().alpha == 0.8
@@ -105,10 +120,11 @@ def test_a_replica_that_is_behind_is_shown_until_it_is_not(
     revision = console.create(alpha=0.5)
     wait_until(lambda: console.services.sync.status.revision == revision)
     console.beat("two", revision=revision - 1)
-    page = opened("/")
+    page = with_clock(opened("/"))
     row = page.get_by_role("row").filter(has_text="acme")
     expect(row).to_contain_text(f"behind at {revision - 1}")
     console.beat("two")
+    renew(page)
     expect(row).to_contain_text("0.5 on one, two", timeout=10_000)
 
 
