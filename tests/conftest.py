@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.redis_server import RedisServer
-from tests.tiny_models import BUILDERS, TinyModel, build_tiny_unlisted
+
+if TYPE_CHECKING:  # it takes seconds, also of a process that only shares the tests out
+    from tests.tiny_models import TinyModel
 
 # Tiny models are no faster with several threads, and files of tests run beside each other.
 torch.set_num_threads(1)
@@ -61,32 +64,43 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llava() -> TinyModel:
+def tiny_llava() -> "TinyModel":
     return _built("llava")
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2_vl() -> TinyModel:
+def tiny_qwen2_vl() -> "TinyModel":
     return _built("qwen2_vl")
 
 
 @pytest.fixture(scope="session")
-def tiny_gemma3() -> TinyModel:
+def tiny_gemma3() -> "TinyModel":
     return _built("gemma3")
 
 
-@pytest.fixture(scope="session", params=BUILDERS)
-def tiny_model(request: pytest.FixtureRequest) -> TinyModel:
-    """Every supported family in turn; the conformance suite runs on it."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "tiny_model" in metafunc.fixturenames:
+        from tests.tiny_models import BUILDERS
+
+        metafunc.parametrize("tiny_model", BUILDERS, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(request: pytest.FixtureRequest) -> "TinyModel":
+    """Every supported family in turn, by pytest_generate_tests."""
     return _built(request.param)
 
 
 @pytest.fixture(scope="session")
-def unlisted_model() -> TinyModel:
+def unlisted_model() -> "TinyModel":
     """A family that is not listed; it may serve when it passes the check at start."""
+    from tests.tiny_models import build_tiny_unlisted
+
     return build_tiny_unlisted()
 
 
 @cache
-def _built(name: str) -> TinyModel:
+def _built(name: str) -> "TinyModel":
+    from tests.tiny_models import BUILDERS
+
     return BUILDERS[name]()
