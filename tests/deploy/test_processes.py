@@ -21,6 +21,8 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.deploy.test_dockerfile import FINAL, health_command, instruction
 from tests.deploy.validators import ROOT, SECRETS, compose_config, unescaped
@@ -174,7 +176,8 @@ def test_redis_does_not_start_with_passwords_that_protect_nothing(
 
 def test_redis_has_the_users_of_the_acl_with_the_passwords_of_the_environment(site: Site) -> None:
     def client(user: str | None, password: str | None) -> "redis.Redis":
-        return redis.Redis(port=site.redis_port, username=user, password=password)
+        once = Retry(NoBackoff(), 0)  # a wrong password stays wrong
+        return redis.Redis(port=site.redis_port, username=user, password=password, retry=once)
 
     with client(None, None) as nobody, pytest.raises(redis.AuthenticationError):
         nobody.ping()
