@@ -102,6 +102,57 @@ def test_draws_follow_the_distribution() -> None:
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / len(rows))
 
 
+def kept_by_sorting(probs: torch.Tensor, top_k: int, top_p: float) -> list[int]:
+    """The plain definition: sort all, cut at top_k, then take until top_p of that is reached."""
+    order = sorted(range(len(probs)), key=lambda token: (-float(probs[token]), token))
+    order = order[: top_k or len(order)]
+    left, kept = top_p * math.fsum(float(probs[token]) for token in order), []
+    for token in order:
+        if left <= 0 and kept and top_p < 1:
+            break
+        kept.append(token)
+        left -= float(probs[token])
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 12.0], ids=["flat", "usual", "peaked"])
+def test_filters_of_a_large_vocabulary_are_those_of_sorting_it(scale: float) -> None:
+    """Few tokens are ranked where that is enough; of equally likely ones the first are kept."""
+    params: list[dict[str, Any]] = [
+        {"top_p": 0.9},
+        {"top_p": 0.3},
+        {"top_k": 50},
+        {"top_k": 1},
+        {"top_k": 1500, "top_p": 0.6},
+        {"top_k": 2999},
+        {"top_k": 9000, "top_p": 0.97},
+        {},
+    ]
+    torch.manual_seed(0)
+    logits = scale * torch.randn(len(params), 3000).bfloat16().float()  # many are equal
+    probs = filtered_probs(logits, [row(**each) for each in params])
+    for each, found, own in zip(params, probs, torch.softmax(logits, dim=-1), strict=True):
+        expected = kept_by_sorting(own, each.get("top_k", 0), each.get("top_p", 1.0))
+        difference = set(expected) ^ set(found.nonzero()[:, 0].tolist())
+        assert len(difference) <= (1 if each.get("top_p", 1.0) < 1 else 0)  # a boundary's rounding
+        assert torch.equal(found[found > 0], own[found > 0])
+
+
+def test_a_draw_from_a_large_vocabulary_inverts_its_cumulative_distribution() -> None:
+    """With blocks without mass at both ends and in the middle."""
+    torch.manual_seed(0)
+    probs = torch.rand(1, 1000)
+    probs[0, :200] = probs[0, 300:600] = probs[0, 900:] = 0.0
+    cdf = probs[0].double().cumsum(0)
+    uniform = torch.rand(500, dtype=torch.float64)
+    drawn = draw(probs.expand(500, -1), uniform)
+    targets = uniform * cdf[-1]
+    assert bool((cdf[drawn] >= targets - 1e-4).all() and (probs[0, drawn] > 0).all())
+    assert bool((cdf[drawn] - probs[0, drawn] <= targets + 1e-4).all())
+    assert draw(probs, torch.tensor([0.0], dtype=torch.float64)).tolist() == [200]
+    assert draw(probs, torch.tensor([1.0], dtype=torch.float64)).tolist() == [899]
+
+
 def test_a_row_without_top_p_keeps_every_token_beside_one_with_it() -> None:
     """Rounding in the cumulative mass once cost such a row its rarest tokens."""
     logits = torch.linspace(10, -10, 32000)[None].expand(2, -1)
