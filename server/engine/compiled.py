@@ -19,6 +19,7 @@ from torch import Tensor
 from server.engine.batch import Batch
 from server.engine.fused import FusedDecoder, Layer, Packing
 from server.engine.kernels import Kernels
+from server.engine.linear import FEWEST_ROWS
 from server.engine.types import EngineError
 from steering.layers import decoder_layers
 
@@ -27,6 +28,8 @@ SILU = ("SiLU", "SiLUActivation")
 
 class CompiledDecoder(FusedDecoder):
     """Takes the model's weights over, like its base; raises EngineError before it does so."""
+
+    _fewest = FEWEST_ROWS
 
     def __init__(self, model: Any) -> None:
         _check(model)

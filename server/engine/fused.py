@@ -77,6 +77,7 @@ class FusedDecoder:
     """Takes the model's weights over: its own decoder cannot run afterwards."""
 
     steering_dtype = torch.float32
+    _fewest = 1  # tokens of a pass: fewer are filled up
 
     def __init__(self, model: Any) -> None:
         decoder = model.get_decoder()
@@ -94,7 +95,8 @@ class FusedDecoder:
         return self._run(batch, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden).float()
+        few = max(self._fewest - len(hidden), 0)
+        return self._head(nn.functional.pad(hidden, (0, 0, 0, few)))[: len(hidden)].float()
 
     def trace(self, batch: Batch) -> tuple[Tensor, Output]:
         seen: list[Tensor] = []
@@ -103,7 +105,7 @@ class FusedDecoder:
 
     def _run(self, batch: Batch, seen: list[Tensor] | None) -> Output:
         """`seen` collects what each reader is given at the last tokens."""
-        packing = Packing(batch, self._device, self._layers[0].group)
+        packing = Packing(batch, self._device, self._layers[0].group, self._fewest)
         self._stopwatch.take()  # of a pass that broke midway
         rows = slice(packing.first_row, packing.end)
         steering = SteeringPass(
@@ -148,10 +150,11 @@ class Packing:
     lasts: the last token of every chunk, then every row; wanted: those whose states are asked
     for. `group`: query heads of a key head. Masks are added to the scores. padding: zeros behind
     the last token, so that passes with prefill have few different sizes: for each, oneDNN compiles
-    its products anew, some 2 MB of code and 4 ms, and keeps a thousand of them.
+    its products anew, some 2 MB of code and 4 ms, and keeps a thousand of them. Those without have
+    at least `fewest` tokens.
     """
 
-    def __init__(self, batch: Batch, device: torch.device, group: int) -> None:
+    def __init__(self, batch: Batch, device: torch.device, group: int, fewest: int) -> None:
         dtype = (batch.chunks[0] if batch.chunks else batch.slabs[0]).embeds.dtype
         self.chunks: list[tuple[Chunk, slice]] = []
         self.slabs: list[tuple[Slab, slice, Tensor]] = []  # with the rows' lengths
@@ -173,7 +176,7 @@ class Packing:
             self.slabs.append((rows.slab, place, rows.lengths))
         self.end = end
         step = FINE_STEP if end <= FINE_BELOW else COARSE_STEP
-        self.padding = -end % step if batch.chunks else 0
+        self.padding = -end % step if batch.chunks else max(fewest - end, 0)
         rows_range = range(self.first_row, end)
         self.lasts = torch.tensor([*lasts, *rows_range], dtype=torch.long, device=device)
         self.wanted = torch.tensor([*wanted, *rows_range], dtype=torch.long, device=device)

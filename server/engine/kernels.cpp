@@ -56,7 +56,7 @@ constexpr int64_t WORTH_SHARING = 64 * 1024;
 template <typename T>
 void add_and_norm(int64_t rows, int64_t size, float* hidden, const T* added, const float* weight,
                   float eps, T* out) {
-#pragma omp parallel for if (8 * rows * size > WORTH_SHARING)
+#pragma omp parallel for if (rows * size > WORTH_SHARING)
     for (int64_t row = 0; row < rows; ++row) {
         float* h = hidden + row * size;
         if (added != nullptr)
@@ -71,7 +71,7 @@ void add_and_norm(int64_t rows, int64_t size, float* hidden, const T* added, con
 // hidden += added, of `num` numbers.
 template <typename T>
 void add(int64_t num, float* hidden, const T* added) {
-#pragma omp parallel for if (2 * num > WORTH_SHARING)
+#pragma omp parallel for if (num > WORTH_SHARING)
     for (int64_t i = 0; i < num; ++i) hidden[i] += load(added[i]);
 }
 

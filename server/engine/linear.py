@@ -9,6 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+# On a CPU a product of fewer rows takes longer than one of so many, which oneDNN shares out in
+# another way: 13.1 ms with 1, 14.8 with 2, 12.1 with 3, 11.3 with 6, 13.5 with 8 (version 3.12, two
+# cores, all products of a decode step of the demonstration model; others are alike).
+FEWEST_ROWS = 6
+
 
 class Linear:
     """y = x W^T + b for one or several `nn.Linear` of the same input, side by side.
