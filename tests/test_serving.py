@@ -66,7 +66,7 @@ def server(
     model_dir: Path, made_store: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """One for all tests that leave it as it was; no probes, which by chance run beside a decode
-    step, whose sums are then rounded otherwise."""
+    step, whose sums are then rounded otherwise where no compiler is for the kernels."""
     store, vector_id = made_store
     folder = tmp_path_factory.mktemp("server")
     with serving(Site(model_dir, store, vector_id), folder, DESHIFT_PROBE_SHARE="0") as started:

@@ -7,11 +7,10 @@ round's burst without steering. Does not cover what else is exported.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import httpx
 from rich.markup import escape
 from rich.table import Table
 
-from server.bench import load, tables
+from server.bench import exposition, load, tables
 from server.bench.effort import Effort, Outcome, Progress
 from server.bench.load import Burst, Column, Served, servers_of
 from server.bench.prompts import Message, Prompts
@@ -89,13 +88,7 @@ class Scraped:
         return records
 
     async def _read(self) -> Exported:
-        url = f"{self._served.target.admin_url}/metrics"
-        try:
-            response = await self._served.client.get(url)
-            response.raise_for_status()
-        except httpx.HTTPError as error:
-            raise BenchError(f"{url}: {error!r}") from error
-        return exported(response.text)
+        return exported(await exposition.read(self._served))
 
 
 async def run(
@@ -111,12 +104,8 @@ async def run(
 
 def exported(text: str) -> Exported:
     """Of all tenants and modes together, from Prometheus' text format."""
-
-    def total(name: str) -> float:
-        lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
-
-    return Exported(total(f"{OVERHEAD}_sum"), total(f"{OVERHEAD}_count"))
+    seconds, num = (exposition.total(text, f"{OVERHEAD}_{part}") for part in ("sum", "count"))
+    return Exported(seconds, num)
 
 
 def accounts(

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from server.bench import tables
+from server.bench import exposition, tables
 from server.bench.effort import Effort, Outcome, Progress
 from server.bench.footprint import Budget, Footprint
 from server.bench.load import Column, Served, Switch, servers_of
@@ -17,6 +17,7 @@ from server.bench.stream import chat
 from server.bench.summary import Spread
 from server.bench.target import BenchError
 
+CACHE_BYTES = "deshift_cache_bytes"
 SAMPLES = 200  # readings of the memory over the whole run
 _SHARES = {"text": 0.3, "several choices": 0.1, "cancelled": 0.2, "new size": 0.2, "again": 0.2}
 _LONGEST_WORDS = 400
@@ -27,10 +28,12 @@ _CANCEL_WITHIN_S = 2.0
 
 @dataclass(frozen=True)
 class Sample:
-    """A reading after so many finished requests."""
+    """A reading after so many finished requests. caches_bytes: what the prefix and vision caches
+    hold of it, by the server's own metrics; None where these are not known."""
 
     num_requests: int
     now_bytes: int
+    caches_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Soak:
 
     ratio: peak over the budget (weights, KV cache, caches), None where that is not known;
     serving_ratio: each sample over it. slope: bytes a request over the second half, by least
-    squares. num_cancelled: sockets that were closed before the answer's end; num_failed: answers
-    that were none.
+    squares, slope_beyond: of what the caches do not hold. num_cancelled: sockets that were closed
+    before the answer's end; num_failed: answers that were none.
     """
 
     target: str
@@ -53,6 +56,7 @@ class Soak:
     peak_bytes: int
     budget: Budget | None
     slope_bytes: float
+    slope_beyond_bytes: float | None
     samples: tuple[Sample, ...]
 
     @property
@@ -121,7 +125,7 @@ async def _soak(
             outcomes.append(await _one(columns, prompts, number))
             progress(columns[0].target.name)
             if len(outcomes) % max(1, num_requests // SAMPLES) == 0:
-                samples.append(Sample(len(outcomes), _footprint(pid).now_bytes))
+                samples.append(await _sample(columns[0], len(outcomes)))
 
     await asyncio.gather(*(client() for _ in range(max(effort.streams))))
     errors = [each for each in outcomes if each not in ("", "cancelled")]
@@ -136,8 +140,16 @@ async def _soak(
         peak_bytes=max(_footprint(pid).peak_bytes, *(sample.now_bytes for sample in samples)),
         budget=effort.budgets.get(pid),
         slope_bytes=slope([s.num_requests for s in half], [s.now_bytes for s in half]),
+        slope_beyond_bytes=_slope_beyond(half),
         samples=tuple(samples),
     )
+
+
+async def _sample(column: Served, num_requests: int) -> Sample:
+    caches = None
+    if column.target.admin_url:
+        caches = round(exposition.total(await exposition.read(column), CACHE_BYTES))
+    return Sample(num_requests, _footprint(column.target.pid).now_bytes, caches)
 
 
 async def _one(columns: Sequence[Served], prompts: Prompts, number: int) -> str:
@@ -186,6 +198,11 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     return over / sum((x - mean_x) ** 2 for x in xs)
 
 
+def _slope_beyond(samples: Sequence[Sample]) -> float | None:
+    beyond = [s.now_bytes - s.caches_bytes for s in samples if s.caches_bytes is not None]
+    return slope([s.num_requests for s in samples], beyond) if len(beyond) == len(samples) else None
+
+
 def figures_of(row: Soak) -> dict[str, Any]:
     serving = row.serving_ratio
     return asdict(row) | {"ratio": row.ratio, "serving_ratio": serving and asdict(serving)}
@@ -195,9 +212,9 @@ def table_of(rows: Sequence[Soak]) -> Table:
     table = tables.table(
         "Memory of the server's process over unlike requests, MiB\n"
         "Budget: weights + KV cache + other caches. Serving: median (interquartile range) of "
-        "readings between requests. Growth: over the second half",
+        "readings between requests. Growth: over the second half; beyond: of what no cache holds",
         ("server", "requests", "cancelled", "ready", "peak", "budget", "peak / budget")
-        + ("serving / budget", "readings", "growth per 1000"),
+        + ("serving / budget", "readings", "growth per 1000", "beyond caches"),
         num_names=1,
     )
     for row in rows:
@@ -211,9 +228,14 @@ def table_of(rows: Sequence[Soak]) -> Table:
             f"{row.ratio:.2f}" if row.ratio else "-",
             tables.spread(row.serving_ratio, 1, "{:.2f}"),
             str(len(row.samples)),
-            f"{1000 * row.slope_bytes / tables.MIB:+.1f}",
+            _growth(row.slope_bytes),
+            "-" if row.slope_beyond_bytes is None else _growth(row.slope_beyond_bytes),
         )
     return table
+
+
+def _growth(slope_bytes: float) -> str:
+    return f"{1000 * slope_bytes / tables.MIB:+.1f}"
 
 
 def _budget(budget: Budget) -> str:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.bench import second_turn, soak, stalls
+from server.bench import exposition, second_turn, soak, stalls
 from server.bench.effort import Effort
 from server.bench.footprint import Budget, Footprint
 from server.bench.load import Served
@@ -173,6 +173,18 @@ def test_growth_is_the_slope_of_the_least_squares_line() -> None:
     assert soak.slope([1.0, 2.0, 3.0, 4.0], [5.0, 7.0, 9.0, 11.0]) == pytest.approx(2.0)
     assert soak.slope([0.0, 1.0, 2.0], [0.0, 3.0, 0.0]) == pytest.approx(0.0)
     assert soak.slope([1.0], [5.0]) == 0.0
+
+
+def test_what_caches_hold_is_no_growth_beyond_them() -> None:
+    filling = [soak.Sample(number, 1000 + 7 * number, 5 * number) for number in range(9)]
+    assert soak._slope_beyond(filling) == pytest.approx(2.0)
+    assert soak._slope_beyond([*filling, soak.Sample(9, 1063)]) is None
+    text = """# TYPE deshift_cache_bytes gauge
+deshift_cache_bytes{cache="prefix"} 100
+deshift_cache_bytes{cache="vision"} 2.5e+01
+deshift_cache_bytes_limit{cache="vision"} 7
+"""
+    assert exposition.total(text, soak.CACHE_BYTES) == 125.0
 
 
 def test_the_peak_is_at_least_what_is_held_now() -> None:

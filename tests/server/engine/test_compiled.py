@@ -23,6 +23,7 @@ from tests.server.engine.conftest import (
     random_delta,
     wait_until,
 )
+from tests.server.engine.under_test import Answer, EngineUnderTest
 from tests.tiny_models import TinyModel
 
 
@@ -45,6 +46,33 @@ def test_rows_that_come_and_go_are_as_alone(
             wait_until(lambda answer=answer: len(answer.events) > 0)
     for answer, prompt, images, own in asked:
         assert_equals_reference(tiny, answer.wait(), prompt, images, own)
+
+
+def test_an_answer_is_the_same_to_the_bit_whatever_runs_beside_it(
+    tiny_llava: TinyModel, start_engine: Serve
+) -> None:
+    """Alone, in a crowd that comes and goes, its prompt in pieces, and with its prefix cached."""
+    whole = start_engine(tiny_llava, decoder="compiled")
+    caches = {"prefix_cache_bytes": 2**20, "vision_cache_bytes": 2**20}
+    pieces = start_engine(tiny_llava, decoder="compiled", prefill_chunk=8, **caches)
+    delta = random_delta(tiny_llava, scale=0.5)
+
+    def ask(served: EngineUnderTest, number: int) -> Answer:
+        images = [picture(number)] if number % 3 else []
+        own = delta if number % 2 else None
+        prompt = "word " * (number * 7 % 31)
+        return served.ask(prompt, images, delta=own, max_tokens=12 + number)
+
+    alone = [ask(whole, number).wait().logprobs() for number in range(8)]
+    for served in (whole, pieces, pieces):
+        asked = []
+        for number in range(8):
+            asked.append(ask(served, number))
+            if number % 3 == 2:
+                wait_until(lambda answer=asked[-1]: len(answer.events) > 2)
+        for answer, expected in zip(asked, alone, strict=True):
+            assert answer.wait().logprobs() == expected
+    assert any(answer.cached_tokens for answer in asked)
 
 
 def weights_of(model: Any) -> list[int]:
@@ -76,7 +104,7 @@ def test_another_dtype_is_refused(tiny_llava: TinyModel) -> None:
 def test_an_engine_without_a_compiler_does_not_start(
     tiny_llava: TinyModel, start_engine: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels._libraries.cache_clear()
+    monkeypatch.setattr(kernels, "_libraries", kernels._libraries.__wrapped__)  # builds anew
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(EngineError, match=r"DESHIFT_DECODER.*install g\+\+"):
         start_engine(tiny_llava, decoder="compiled")
@@ -92,6 +120,6 @@ def test_auto_is_compiled_where_that_can_be_and_else_fused(
 
     assert automatic(copy.deepcopy(tiny_llava.model)) is CompiledDecoder
     assert automatic(copy.deepcopy(tiny_llava.model).half()) is FusedDecoder
-    kernels._libraries.cache_clear()
+    monkeypatch.setattr(kernels, "_libraries", kernels._libraries.__wrapped__)  # builds anew
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     assert automatic(copy.deepcopy(tiny_llava.model)) is FusedDecoder

@@ -294,11 +294,9 @@ def test_a_chunk_without_room_is_refused_and_nothing_is_written(change: dict[int
 
 
 @pytest.fixture
-def unbuilt() -> Iterator[None]:
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has built none."""
-    module._libraries.cache_clear()
-    yield
-    module._libraries.cache_clear()
+    monkeypatch.setattr(module, "_libraries", module._libraries.__wrapped__)
 
 
 @pytest.mark.usefixtures("unbuilt")
@@ -334,9 +332,9 @@ def test_other_dtypes_are_refused() -> None:
         Kernels(torch.float16)
 
 
+@pytest.mark.usefixtures("unbuilt")
 def test_no_room_for_the_build_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only file system, say; decoder auto then runs fused."""
-    module._libraries.cache_clear()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(EngineError, match="DESHIFT_DECODER.*No such file"):
         Kernels(torch.float32)
