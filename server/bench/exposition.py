@@ -17,7 +17,7 @@ async def read(served: Served) -> str:
     return response.text
 
 
-def total(text: str, name: str) -> float:
-    """The sum over all series of a name; 0.0 where there are none."""
+def total(text: str, name: str) -> float | None:
+    """The sum over all series of a name, which has labels; None where there are none."""
     lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
+    return sum(float(line.rpartition(" ")[2]) for line in lines) if lines else None

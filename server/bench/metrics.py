@@ -105,7 +105,7 @@ async def run(
 def exported(text: str) -> Exported:
     """Of all tenants and modes together, from Prometheus' text format."""
     seconds, num = (exposition.total(text, f"{OVERHEAD}_{part}") for part in ("sum", "count"))
-    return Exported(seconds, num)
+    return Exported(seconds or 0.0, num or 0.0)  # no series before the first steered request
 
 
 def accounts(

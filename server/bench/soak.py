@@ -148,8 +148,9 @@ async def _soak(
 async def _sample(column: Served, num_requests: int) -> Sample:
     caches = None
     if column.target.admin_url:
-        caches = round(exposition.total(await exposition.read(column), CACHE_BYTES))
-    return Sample(num_requests, _footprint(column.target.pid).now_bytes, caches)
+        caches = exposition.total(await exposition.read(column), CACHE_BYTES)
+    now = _footprint(column.target.pid).now_bytes
+    return Sample(num_requests, now, None if caches is None else round(caches))
 
 
 async def _one(columns: Sequence[Served], prompts: Prompts, number: int) -> str:

@@ -77,7 +77,7 @@ def record(
         if data != "[DONE]":
             read.add(moment, json.loads(data))
     if not read.is_finished:
-        read.fail("the stream broke off: no chunk has a finish_reason")
+        read.fail("the stream broke off: a choice has no finish_reason")
     times, usage, applied = read.times, read.usage, read.applied
     if not times:
         read.fail("the stream held no text")
@@ -110,7 +110,11 @@ class _Read:
     applied: dict[str, Any] = field(default_factory=dict)
     revisions: dict[int | None, None] = field(default_factory=dict)  # a set that keeps the order
     error: str = ""
-    is_finished: bool = False
+    finished: dict[int, bool] = field(default_factory=dict)  # of each choice seen
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.finished) and all(self.finished.values())
 
     def add(self, moment: float, event: dict[str, Any]) -> None:
         self.usage = event.get("usage") or self.usage
@@ -118,7 +122,10 @@ class _Read:
         self.revisions[event.get("steering_revision")] = None
         self.fail(str(event.get("error") or ""))
         choices = event.get("choices") or []
-        self.is_finished |= any(choice.get("finish_reason") for choice in choices)
+        for choice in choices:
+            number = choice.get("index", 0)
+            is_finished = bool(choice.get("finish_reason"))
+            self.finished[number] = is_finished or self.finished.get(number, False)
         text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
         if text or any((choice.get("logprobs") or {}).get("content") for choice in choices):
             self.times.append(moment)

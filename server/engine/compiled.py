@@ -1,7 +1,8 @@
-"""The fused pass with kernels of this project's own (kernels.cpp) between its products.
+"""The fused pass with kernels of this project's own (cpp/) between its products.
 
-Each layer is four products and as many kernels, for prompts' tokens and rows together. Steering
-stays between the layers, on the same float32 stream.
+Each layer is four products and four kernels for prompts' tokens and rows together, and attention's
+for each. Steering stays between the layers, on the same float32 stream. With the products of
+linear.py, what a token comes to is the same to the bit whatever else is in its pass.
 
 Why not `torch.compile`: called layer by layer, as steering wants it, each call costs 110
 microseconds before anything is computed, Dynamo's and AOTAutograd's. One layer of the demonstration
@@ -61,6 +62,7 @@ class _Pass:
     ) -> None:
         self._kernels = kernels
         self._hidden = hidden
+        self._packing = packing  # keeps alive what the addresses below are of
         self._rotary = rotary[0].contiguous(), rotary[1].contiguous()
         chunks = [
             (place.start, len(chunk), chunk.start, chunk.cache.room, chunk.cache.memory.data_ptr())

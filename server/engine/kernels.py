@@ -1,4 +1,4 @@
-"""The compiled pass' own kernels (kernels.cpp): built at start for this processor, and called.
+"""The compiled pass' own kernels (cpp/): built at start for this processor, and called.
 
 By ctypes. g++ makes them in a few seconds, into a file that is gone once it is loaded, so there
 is no binary to ship, to keep or to mistrust. Does not know the layers (compiled.py).
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from server.engine.types import EngineError
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("cpp") / "kernels.cpp"
 # Not clang++: its OpenMP would be a second one beside torch's, with workers of its own.
 COMPILERS = ("g++",)
 # Sums may be reordered, for vector instructions; NaN and infinity may not be assumed away.
@@ -27,6 +27,8 @@ FLAGS += ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LONGEST_BUILD_S = 120.0
 _WHAT_FOR = "decoder compiled (DESHIFT_DECODER) builds its kernels at start"
+# For fewer tokens a kernel takes some microseconds: giving Python's lock away would take longer.
+MANY_TOKENS = 64
 
 
 class Kernels:
@@ -37,31 +39,19 @@ class Kernels:
         if dtype not in NAMES:
             raise EngineError(f"decoder compiled runs float32 and bfloat16, not {dtype}")
         held, released = _libraries()
-        name = NAMES[dtype]
-        # Of a few microseconds each: to give Python's lock away and wait for it would take longer.
-        self._add_and_norm = _function(
-            held, f"add_and_norm_{name}", [c_int64] * 2 + [c_void_p] * 3 + [c_float, c_void_p]
-        )
-        self._add = _function(held, f"add_{name}", [c_int64, c_void_p, c_void_p])
-        self._silu_and_multiply = _function(
-            held, f"silu_and_multiply_{name}", [c_int64] * 2 + [c_void_p] * 2
-        )
-        self._attend = _function(
-            released, f"attend_{name}", [c_int64] * 5 + [c_void_p] * 6 + [c_float, c_void_p]
-        )
-        self._attend.restype = c_int
-        self._attend_chunks = _function(
-            released, f"attend_chunks_{name}", [c_int64] * 6 + [c_void_p] * 4 + [c_float, c_void_p]
-        )
-        self._attend_chunks.restype = c_int
+        self._of_few = _Functions(held, NAMES[dtype])
+        self._of_many = _Functions(released, NAMES[dtype])
         self._dtype = dtype
+
+    def _functions(self, num_tokens: int) -> "_Functions":
+        return self._of_few if num_tokens < MANY_TOKENS else self._of_many
 
     def add_and_norm(
         self, hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float
     ) -> Tensor:
         """Add to hidden (N, D) float32 in place; its RMS norm times weight (D,) float32, (N, D)."""
         out = torch.empty(hidden.shape, dtype=self._dtype)
-        self._add_and_norm(
+        self._functions(len(hidden)).add_and_norm(
             *hidden.shape,
             hidden.data_ptr(),
             None if added is None else added.data_ptr(),
@@ -73,13 +63,15 @@ class Kernels:
 
     def add(self, hidden: Tensor, added: Tensor) -> None:
         """To hidden (N, D) float32, in place."""
-        self._add(hidden.numel(), hidden.data_ptr(), added.data_ptr())
+        add = self._functions(len(hidden)).add
+        add(hidden.numel(), hidden.data_ptr(), added.data_ptr())
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
         """(N, 2 I), gate before up -> (N, I)."""
         num_rows, width = gate_up.shape
         out = gate_up.new_empty(num_rows, width // 2)
-        self._silu_and_multiply(num_rows, width // 2, gate_up.data_ptr(), out.data_ptr())
+        silu_and_multiply = self._functions(num_rows).silu_and_multiply
+        silu_and_multiply(num_rows, width // 2, gate_up.data_ptr(), out.data_ptr())
         return out
 
     def attend(
@@ -99,7 +91,7 @@ class Kernels:
         (B, Hq * Dh). Raises EngineError where a row's next token has no room, having stored none.
         """
         _, num_heads, dim, width = keys.shape
-        failed = self._attend(
+        failed = self._of_many.attend(
             len(qkv),
             num_heads,
             out.shape[1] // (num_heads * dim),
@@ -134,7 +126,7 @@ class Kernels:
         (N, Hq * Dh), of which the chunks' tokens are written. Raises EngineError where a chunk has
         no room, having stored none.
         """
-        failed = self._attend_chunks(
+        failed = self._of_many.attend_chunks(
             len(chunks),
             len(qkv),
             *heads,
@@ -146,7 +138,26 @@ class Kernels:
             out.data_ptr(),
         )
         if failed:
-            raise EngineError("a chunk is longer than its prompt's cache")
+            raise EngineError("a chunk lies outside of its prompt's cache or of the pass")
+
+
+class _Functions:
+    """Of one library, for one dtype."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: str) -> None:
+        sizes, pointers = [c_int64], [c_void_p]
+
+        def function(name: str, argument_types: list[Any]) -> Any:
+            return _function(library, f"{name}_{dtype}", argument_types)
+
+        self.add = function("add", sizes + 2 * pointers)
+        self.add_and_norm = function("add_and_norm", 2 * sizes + 3 * pointers + [c_float, c_void_p])
+        self.silu_and_multiply = function("silu_and_multiply", 2 * sizes + 2 * pointers)
+        self.attend = function("attend", 5 * sizes + 6 * pointers + [c_float, c_void_p])
+        self.attend_chunks = function(
+            "attend_chunks", 6 * sizes + 4 * pointers + [c_float, c_void_p]
+        )
+        self.attend.restype = self.attend_chunks.restype = c_int  # whether it failed
 
 
 def _function(library: ctypes.CDLL, name: str, argument_types: list[Any]) -> Any:

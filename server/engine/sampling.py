@@ -128,8 +128,10 @@ def _least_likely(
     top_p = _column([r.params.top_p for r in rows], probs)
     ranked = ranked * (rank < top_k)
     is_cut = top_k <= ranked.shape[-1]
-    mass = torch.where(is_cut, ranked.sum(dim=-1, keepdim=True), probs.sum(dim=-1, keepdim=True))
-    kept = (rank < top_k) & ((ranked.cumsum(dim=-1) - ranked < top_p * mass) | (top_p >= 1))
+    reached = ranked.cumsum(dim=-1)
+    whole = _blocks(probs).sum(dim=-1).sum(dim=-1, keepdim=True)
+    mass = torch.where(is_cut, reached[:, -1:], whole)
+    kept = (rank < top_k) & ((reached - ranked < top_p * mass) | (top_p >= 1))
     kept[:, 0] = True
     num_kept = kept.sum(dim=-1, keepdim=True)
     is_found = (num_kept < ranked.shape[-1]) & (top_k >= vocab)  # else mass is not top_k's
@@ -140,14 +142,22 @@ def _least_likely(
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF sampling: probs (B, V), any positive mass; uniform (B,) in [0, 1) -> (B,).
 
-    First a block of tokens, then one within it: to sum up a vocabulary takes a tenth of a step.
+    First a block of tokens, then one within it: to sum up a vocabulary takes a tenth of a step. Of
+    probabilities that are no numbers it is any token.
     """
-    blocks = nn.functional.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = _blocks(probs)
     mass = blocks.sum(dim=-1).double()
     block, left = _first_beyond(mass, uniform * mass.sum(dim=-1))
     rows = torch.arange(len(probs), device=probs.device)
     index, _ = _first_beyond(blocks[rows, block].double(), left)
-    return BLOCK * block + index
+    return (BLOCK * block + index).clamp(max=probs.shape[-1] - 1)
+
+
+def _blocks(probs: Tensor) -> Tensor:
+    """(B, V) -> (B, blocks, BLOCK), zeros behind the last. torch adds up a long row in another
+    order when it is alone, and a block never."""
+    padded = nn.functional.pad(probs, (0, -probs.shape[-1] % BLOCK))
+    return padded.unflatten(-1, (-1, BLOCK))
 
 
 def _first_beyond(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,6 +185,7 @@ deshift_cache_bytes{cache="vision"} 2.5e+01
 deshift_cache_bytes_limit{cache="vision"} 7
 """
     assert exposition.total(text, soak.CACHE_BYTES) == 125.0
+    assert exposition.total(text, "deshift_cache") is None
 
 
 def test_the_peak_is_at_least_what_is_held_now() -> None:

@@ -55,8 +55,13 @@ def test_an_error_within_the_stream_is_a_failure() -> None:
 
 def test_a_stream_that_breaks_off_is_a_failure() -> None:
     arrivals = [(1.0, event("a") + b"\n\n")]
-    assert record(arrivals).error == "the stream broke off: no chunk has a finish_reason"
+    broken = "the stream broke off: a choice has no finish_reason"
+    assert record(arrivals).error == broken
     assert record([*arrivals, (1.5, END)]).error == ""
+    second = b'data: {"choices": [{"index": 1, "delta": {"content": "b"}}]}\n\n'
+    assert record([*arrivals, (1.2, second), (1.5, END)]).error == broken
+    its_end = END.replace(b'"delta"', b'"index": 1, "delta"')
+    assert record([*arrivals, (1.2, second), (1.5, END), (1.6, its_end)]).error == ""
 
 
 def test_an_answer_whose_tokens_have_no_text_is_one_by_its_log_probabilities() -> None:

@@ -80,12 +80,13 @@ def test_a_shift_that_cannot_be_measured_falls_under_on_error(
     assert_equals_reference(tiny_llava, answer, prompt, images, None)
 
 
+@pytest.mark.parametrize("decoder", ["fused", "auto"])
 def test_a_shift_that_is_no_number_leaves_nothing_in_a_long_prompts_cache(
-    tiny_llava: TinyModel, start_engine: Start
+    tiny_llava: TinyModel, start_engine: Start, decoder: str
 ) -> None:
     """Served unsteered, the prompt ran again in chunks that saw, behind the mask, the NaN which the
     pass before had left at its end; the request failed with it."""
-    under_test = start_engine(tiny_llava, max_model_len=1024, prefill_chunk=64)
+    under_test = start_engine(tiny_llava, max_model_len=1024, prefill_chunk=64, decoder=decoder)
     prompt, images = "y" * 450, [picture(1)]  # many keys: they are taken with the room behind them
     inputs = under_test.inputs(prompt, images, "blank")
     assert inputs.pair is not None

@@ -27,6 +27,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one core", "two cores"])
+def cores(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     """expected in float64; within the rounding of actual's dtype."""
     rounding = 1e-5 if actual.dtype == torch.float32 else 5e-3
@@ -45,6 +53,19 @@ def test_norm(dtype: torch.dtype, size: int, adds: bool) -> None:
     normed = nn.functional.rms_norm(expected, (size,), weight.double(), 1e-5)
     close(Kernels(dtype).add_and_norm(hidden, added, weight, 1e-5), normed)
     close(hidden, expected)
+
+
+def test_norm_and_sum_of_many_tokens_are_as_of_each_alone(dtype: torch.dtype) -> None:
+    """300 tokens of 576 are shared by cores."""
+    hidden, weight, added = torch.randn(300, 576), torch.rand(576), torch.randn(300, 576).to(dtype)
+    kernels, given = Kernels(dtype), hidden.clone()
+    normed = kernels.add_and_norm(hidden, added, weight, 1e-5)
+    for at in (0, 1, 149, 150, 299):
+        row = given[at : at + 1].clone()
+        alone = kernels.add_and_norm(row, added[at : at + 1], weight, 1e-5)
+        assert torch.equal(normed[at : at + 1], alone) and torch.equal(hidden[at : at + 1], row)
+    kernels.add(given, added)
+    assert torch.equal(given, hidden)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -265,6 +286,20 @@ def test_attention_of_chunks(dtype: torch.dtype, case: Case, sizes: list[tuple[i
     assert bool((chunks.out[others] == 7.0).all())
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_prompt_in_pieces_is_as_whole_to_the_bit(dtype: torch.dtype, case: Case) -> None:
+    whole = Chunks(dtype, case, [(100, 20)])
+    pieces = Chunks(dtype, case, [(100, 20)])
+    pieces.qkv, pieces.rotary = whole.qkv, whole.rotary
+    pieces.caches[0].kv.copy_(whole.caches[0].kv)
+    whole.attend()
+    for first, num in ((0, 1), (1, 7), (8, 50), (58, 42)):
+        pieces.places, pieces.sizes = [1 + first], [(num, 20 + first)]
+        pieces.attend()
+    assert torch.equal(pieces.out, whole.out)
+    assert torch.equal(pieces.caches[0].kv, whole.caches[0].kv)
+
+
 def test_tokens_after_one_that_is_no_number_and_no_others_are_none(dtype: torch.dtype) -> None:
     chunks = Chunks(dtype, CASES["the demonstration model's"], [(40, 10), (20, 10)])
     chunks.qkv[1 + 25, -1] = math.nan  # a value of the last key head
@@ -282,7 +317,7 @@ def test_a_chunk_without_room_is_refused_and_nothing_is_written(change: dict[int
     for column, number in change.items():
         table[1, column] = number
     heads, (cos, sin) = (4, 1, 16), chunks.rotary
-    with pytest.raises(EngineError, match="longer than its prompt's cache"):
+    with pytest.raises(EngineError, match="outside of its prompt's cache"):
         Kernels(torch.float32).attend_chunks(
             chunks.qkv, (cos, sin), table, 1, heads, 0.3, chunks.out
         )

@@ -126,6 +126,8 @@ def test_filters_of_a_large_vocabulary_are_those_of_sorting_it(scale: float) -> 
         {"top_k": 1500, "top_p": 0.6},
         {"top_k": 2999},
         {"top_k": 9000, "top_p": 0.97},
+        {"min_p": 0.05, "top_p": 0.8},
+        {"min_p": 0.2, "top_k": 1200},
         {},
     ]
     torch.manual_seed(0)
@@ -133,9 +135,34 @@ def test_filters_of_a_large_vocabulary_are_those_of_sorting_it(scale: float) -> 
     probs = filtered_probs(logits, [row(**each) for each in params])
     for each, found, own in zip(params, probs, torch.softmax(logits, dim=-1), strict=True):
         expected = kept_by_sorting(own, each.get("top_k", 0), each.get("top_p", 1.0))
+        floor = each.get("min_p", 0.0) * float(own.max())
+        expected = [token for token in expected if float(own[token]) >= floor]
         difference = set(expected) ^ set(found.nonzero()[:, 0].tolist())
         assert len(difference) <= (1 if each.get("top_p", 1.0) < 1 else 0)  # a boundary's rounding
         assert torch.equal(found[found > 0], own[found > 0])
+
+
+def test_a_seed_draws_the_same_alone_and_in_a_batch_of_a_large_vocabulary() -> None:
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(6, 40_000)
+    params: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.5}]
+
+    def rows() -> list[Sequence]:
+        return [row(seed=seed, **params[seed % 3]) for seed in range(6)]
+
+    alone = [sample(logits[at : at + 1], [each])[0] for at, each in enumerate(rows())]
+    assert sample(logits, rows()) == alone
+
+
+def test_logits_that_are_no_numbers_give_some_token_and_leave_the_others_theirs() -> None:
+    """The request fails afterwards; a token beyond the vocabulary had ended the whole engine."""
+    logits = torch.randn(3, 300)
+    logits[0, 3] = logits[2, 5] = math.nan
+    rows = [row(seed=1, top_logprobs=2), row(seed=2), row(seed=3, top_p=0.9, top_logprobs=0)]
+    chosen = sample(logits, rows)
+    assert all(0 <= token < 300 for token in chosen)
+    assert chosen[1] == sample(logits[1:2], [row(seed=2)])[0]
+    assert logprobs(logits, rows, chosen, TOKENIZER)[1] is None
 
 
 def test_a_draw_from_a_large_vocabulary_inverts_its_cumulative_distribution() -> None:
