@@ -98,8 +98,9 @@ class Settings(BaseModel):
         "auto",
         description="How the language model is run: fused is this project's own pass for "
         "Llama-like decoders, compiled the same with kernels between its products that are "
-        "built at start (CPU only; needs g++), eager the model's own modules under hooks; auto takes "
-        "compiled where it can, else fused for the decoder classes it is tested with, else eager.",
+        "built at start (CPU only; needs g++), eager the model's own modules under hooks; auto "
+        "takes compiled where it can, else fused for the decoder classes it is tested with, else "
+        "eager.",
     )
 
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of one request.")
