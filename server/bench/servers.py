@@ -19,9 +19,8 @@ TRANSFORMERS_SERVE = "from transformers.cli.transformers import main; main()"
 OURS = "deshift"
 PLAIN = "deshift plain-sample"
 ALL_CONDITIONS = "off,dataset,sample-cold,sample-warm"
-# The paper's way: both extra passes from the first token, nothing kept.
+# The paper's way: both extra passes from the first token of every chat, nothing kept.
 PLAIN_SAMPLE = {
-    f"{PREFIX}STEERING_MODE": "sample",
     f"{PREFIX}PREFIX_CACHE_BYTES": "0",
     f"{PREFIX}VISION_CACHE_BYTES": "0",
 }
@@ -153,6 +152,8 @@ def start(
         served = deshift_serve(name, checkpoint.model, wanted.logs, wanted.dtype, environment)
         max_choices = min(chosen.max_n, chosen.max_rows)
         target = replace(stack.enter_context(served), max_choices=max_choices)
+        if name == PLAIN:  # whatever policy the store has
+            target = replace(target, extra={"steering": {"mode": "sample"}})
         result.targets.append(target)
         result.budgets[target.pid] = allowed
     if wanted.transformers_serve:

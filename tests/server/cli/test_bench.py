@@ -1,6 +1,7 @@
 """`deshift bench` from its command line against scripted servers."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,33 @@ def test_transformers_serve_is_measured_beside_us_on_the_same_checkpoint(
     assert prompts[0] == prompts[1] and prompts[2] == prompts[3]
     assert len(report["settings"]["checkpoint"]) == 64
     assert set(report["footprints"]) == {"deshift", "transformers"}
+
+
+@pytest.mark.slow
+def test_the_papers_way_is_at_sample_level_whatever_the_policy_says(
+    tiny_llava: TinyModel, tmp_path: Path
+) -> None:
+    """It was the dataset level's cost, unnoticed, once the demonstration's store had a policy."""
+    tiny_llava.save(tmp_path / "model")
+    written = tmp_path / "bench.json"
+    result = runner.invoke(
+        app,
+        ["--serve", str(tmp_path / "model"), "--plain-sample", "--dtype", "float32"]
+        + ["--steering", "deshift=off,sample-warm", "--streams", "1", "--rounds", "2"]
+        + ["--max-tokens", "8", "--json", str(written), "--logs", str(tmp_path)],
+        env={
+            "DESHIFT_STEERING_MODE": "off",
+            "DESHIFT_CLIENT_OVERRIDE": "any",
+            "DESHIFT_CACHE": str(tmp_path),
+        },
+    )
+    assert result.exit_code == 0, result.output
+    modes = defaultdict(set)
+    for burst in json.loads(written.read_text())["bursts"]:
+        for record in burst["records"]:
+            modes[burst["target"]].add(record["steering"].partition(";")[0])
+    assert modes == {
+        "deshift off": {"mode=off"},
+        "deshift sample-warm": {"mode=sample"},
+        "deshift plain-sample": {"mode=sample"},
+    }
