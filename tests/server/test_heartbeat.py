@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from server.heartbeat import MAX_TOLD, Heartbeat, replica_name, replica_status
+from server.heartbeat import MAX_TOLD, MIN_GAP_S, Heartbeat, replica_name, replica_status
 from steering.errors import ReadOnlyError, StoreError
 from steering.stores import MemoryStore
 from tests.server.conftest import make_settings
@@ -58,13 +58,15 @@ async def test_it_beats_again_and_again_and_takes_itself_away() -> None:
 async def test_what_changes_is_told_at_once_and_not_too_often() -> None:
     store, changed = DeafStore(), asyncio.Event()
     task = asyncio.create_task(Heartbeat(store, "one", 60.0, dict, changed).run())
+    started = time.monotonic()
     await until(lambda: len(store.ttls) == 1)
     for _ in range(20):
         changed.set()
         await asyncio.sleep(0.005)
-    await until(lambda: len(store.ttls) == 2)
+    await until(lambda: len(store.ttls) >= 2)
     await ended(task)
-    assert len(store.ttls) <= 4, "the last one takes it away"
+    # The first, one for each gap however slow the machine is, and the last, which takes it away.
+    assert len(store.ttls) <= 2 + (time.monotonic() - started) / MIN_GAP_S
 
 
 @pytest.mark.parametrize("kind", [ReadOnlyError, StoreError, ZeroDivisionError])
