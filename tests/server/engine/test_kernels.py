@@ -27,7 +27,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(autouse=True, params=[1, 2], ids=["one core", "two cores"])
+@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
 def cores(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -55,6 +55,7 @@ def test_norm(dtype: torch.dtype, size: int, adds: bool) -> None:
     close(hidden, expected)
 
 
+@pytest.mark.usefixtures("cores")
 def test_norm_and_sum_of_many_tokens_are_as_of_each_alone(dtype: torch.dtype) -> None:
     """300 tokens of 576 are shared by cores."""
     hidden, weight, added = torch.randn(300, 576), torch.rand(576), torch.randn(300, 576).to(dtype)
@@ -76,6 +77,7 @@ def test_add(dtype: torch.dtype, size: int) -> None:
     assert torch.equal(hidden, expected)
 
 
+@pytest.mark.usefixtures("cores")
 @pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
 @pytest.mark.parametrize("size", SIZES)
 def test_silu(dtype: torch.dtype, size: int, scale: float) -> None:
@@ -138,6 +140,7 @@ def expected_of(case: Case, given: dict[str, Any]) -> Iterator[tuple[Tensor, Ten
         yield key, value, (weights @ values).flatten()
 
 
+@pytest.mark.usefixtures("cores")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(
     ("lengths", "width"),
@@ -258,6 +261,7 @@ class Chunks:
         return key, value, (torch.softmax(scores, -1) @ values).transpose(0, 1).flatten(1)
 
 
+@pytest.mark.usefixtures("cores")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(
     "sizes",
@@ -286,6 +290,7 @@ def test_attention_of_chunks(dtype: torch.dtype, case: Case, sizes: list[tuple[i
     assert bool((chunks.out[others] == 7.0).all())
 
 
+@pytest.mark.usefixtures("cores")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_prompt_in_pieces_is_as_whole_to_the_bit(dtype: torch.dtype, case: Case) -> None:
     whole = Chunks(dtype, case, [(100, 20)])
