@@ -297,7 +297,7 @@ def test_a_start_is_ended_by_sigterm_although_the_server_does_not_listen_yet(
         until(lambda: is_handled(process.pid), "SIGTERM is handled", timeout_s=60)
         assert not server_is_healthy(site)
         process.send_signal(signal.SIGTERM)
-        # An interrupted Python ends itself by SIGINT, and with a status where that is ignored, as in
-        # a shell's background or as process 1.
+        # An interrupted Python ends itself by SIGINT, and with a status where that is ignored, in a
+        # shell's background, say, or as process 1.
         status = process.wait(60)
         assert status > 0 or status == -signal.SIGINT, "ended by itself, not by the signal"
