@@ -60,6 +60,22 @@ inline void multiply_block(Lines x, int64_t num_in, const T* matrix, int64_t str
         std::memcpy(out + g * out_stride, sums[g], sizeof sums[g]);
 }
 
+// Of `num` columns, fewer than a vector: as one that is filled up, so that every sum is made in the
+// same order whatever GROUP is.
+template <int GROUP, typename T>
+void multiply_rest(Lines x, int64_t num_in, const T* matrix, int64_t stride, int64_t num,
+                   float* out, int64_t out_stride) {
+    Vector sums[GROUP] = {};
+    T line[VECTOR] = {};
+    for (int64_t i = 0; i < num_in; ++i) {
+        std::memcpy(line, matrix + i * stride, num * sizeof(T));
+        const Vector columns = load_vector(line);
+        for (int g = 0; g < GROUP; ++g) sums[g] += x.at(g, i) * columns;
+    }
+    for (int g = 0; g < GROUP; ++g)
+        std::memcpy(out + g * out_stride, &sums[g], num * sizeof(float));
+}
+
 // out (GROUP, num_out) = x (GROUP, num_in) times matrix (num_in, num_out).
 template <int GROUP, typename T>
 void multiply_lines(Lines x, int64_t num_in, const T* matrix, int64_t stride, int64_t num_out,
@@ -72,12 +88,8 @@ void multiply_lines(Lines x, int64_t num_in, const T* matrix, int64_t stride, in
         multiply_block<GROUP, 2>(x, num_in, matrix + j, stride, out + j, out_stride);
     for (; j + VECTOR <= num_out; j += VECTOR)
         multiply_block<GROUP, 1>(x, num_in, matrix + j, stride, out + j, out_stride);
-    for (; j < num_out; ++j)
-        for (int g = 0; g < GROUP; ++g) {
-            float sum = 0.0f;
-            for (int64_t i = 0; i < num_in; ++i) sum += x.at(g, i) * load(matrix[i * stride + j]);
-            out[g * out_stride + j] = sum;
-        }
+    if (j < num_out)
+        multiply_rest<GROUP>(x, num_in, matrix + j, stride, num_out - j, out + j, out_stride);
 }
 
 // The same of any number of lines, several at once, so that the matrix is read less often.
