@@ -21,6 +21,7 @@ from tests.server.engine.conftest import (
     assert_equals_reference,
     picture,
     random_delta,
+    sample_plan,
     wait_until,
 )
 from tests.server.engine.under_test import Answer, EngineUnderTest
@@ -59,9 +60,9 @@ def test_an_answer_is_the_same_to_the_bit_whatever_runs_beside_it(
 
     def ask(served: EngineUnderTest, number: int) -> Answer:
         images = [picture(number)] if number % 3 else []
-        own = delta if number % 2 else None
+        steering = ({}, {"delta": delta}, {"sample": sample_plan()})[number % 3]
         prompt = "word " * (number * 7 % 31)
-        return served.ask(prompt, images, delta=own, max_tokens=12 + number)
+        return served.ask(prompt, images, max_tokens=12 + number, **steering)
 
     alone = [ask(whole, number).wait().logprobs() for number in range(8)]
     for served in (whole, pieces, pieces):
