@@ -1,13 +1,11 @@
 """`deshift demo`: build the demonstration model, serve it, show what steering does."""
 
 import secrets
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import httpx
 import typer
@@ -32,7 +30,6 @@ def demo(
     The server is the real one, a child process; the table holds its answers to real requests.
     """
     screen = console()
-    signal.signal(signal.SIGTERM, _end)  # so that a killed demonstration ends its server too
     try:
         if not is_port_free(port, HOST):
             raise cases.DemoError(
@@ -94,7 +91,3 @@ def _short(path: Path) -> Path:
     """Relative to the working directory where that is shorter to type."""
     absolute = path.absolute()
     return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
-
-
-def _end(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

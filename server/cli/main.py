@@ -69,7 +69,7 @@ def run() -> None:
     """The `deshift` command."""
     if sys.argv[1:2] == ["serve"]:
         with_huge_pages()
-        # Until the server handles it: a container's first process is not ended by a signal that
-        # nobody handles.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As Ctrl-C: servers that a command has started end with it, and a container's first process is
+    # not ended by a signal that nobody handles. A server that listens handles it itself.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

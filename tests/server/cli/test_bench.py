@@ -1,6 +1,9 @@
 """`deshift bench` from its command line against scripted servers."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from typer.testing import CliRunner
 
 from server.cli.bench import bench
 from tests.server.bench.fake_server import Script, fake_server
+from tests.server.engine.conftest import wait_until
 from tests.tiny_models import TinyModel
 
 app = typer.Typer()
@@ -190,3 +194,23 @@ def test_the_papers_way_is_at_sample_level_whatever_the_policy_says(
         "deshift sample-warm": {"mode=sample"},
         "deshift plain-sample": {"mode=sample"},
     }
+
+
+@pytest.mark.slow
+def test_servers_end_with_a_bench_that_is_told_to(tiny_llava: TinyModel, tmp_path: Path) -> None:
+    """A bench that SIGTERM ended had left its servers running."""
+    tiny_llava.save(tmp_path / "model")
+    command = [sys.executable, "-m", "server.cli", "bench", "--serve", str(tmp_path / "model")]
+    command += ["--dtype", "float32", "--rounds", "100000", "--logs", str(tmp_path)]
+    env = {**os.environ, "DESHIFT_STEERING_MODE": "off", "DESHIFT_CACHE": str(tmp_path)}
+
+    def children(pid: int) -> list[int]:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
+        log = tmp_path / "deshift.log"
+        wait_until(lambda: log.exists() and log.stat().st_size > 0, timeout_s=60)
+        [server] = children(process.pid)
+        process.terminate()
+        process.wait(60)
+    assert not Path(f"/proc/{server}").exists()
